@@ -1,0 +1,13 @@
+"""Puts the project first on the import path, whichever way the tests are started.
+
+Our coverage.py (the theory of coverage) shares its name with a tool that measures line coverage. If that
+tool is already loaded, as under `pytest --cov`, its package is forgotten here; it goes on working.
+"""
+
+import sys
+from pathlib import Path
+
+root = str(Path(__file__).parent)
+sys.path[:] = [root] + [path for path in sys.path if path != root]
+if hasattr(sys.modules.get("coverage"), "__path__"):
+    del sys.modules["coverage"]

@@ -1,0 +1,170 @@
+"""DPO, IPO and Best-of-2, each on pairs that are offline, online, or refreshed in rounds.
+
+    python dpo.py                                      # DPO on 400 offline pairs of the built-in world
+    python dpo.py --loss ipo --sampling online         # IPO on pairs that the policy itself just wrote
+    python dpo.py --loss ipo --sampling iterative --rounds 4
+    python dpo.py --model gpt2 --data pairs.jsonl --batch-size 8
+
+Every loss sees a policy only through log-ratios h(y) = log pi(y|x) - log pi_ref(y|x), nats a sequence:
+
+    DPO   -log sigmoid(beta (h(y+) - h(y-)))             Rafailov et al. 2023, arXiv 2305.18290, eq. 7
+    IPO   (h(y+) - h(y-) - 1/(2 beta))^2                 Azar et al. 2023, arXiv 2310.12036, eq. 17
+    Bo2   -log pi(y+|x)                                  Best-of-2: imitate the winner
+
+What differs between offline, online and iterative training is only where the pairs come from, and that is
+the question of Tang et al. 2024 (arXiv 2405.08448): the loss, the reference and the loop stay the same.
+
+Left out or different: the losses are means over the minibatch where papers write sums; the learning rate
+is constant; the gradient's norm is clipped; IPO's target is 1/(2 beta) on summed log-ratios (some slides
+print beta/2, and some libraries divide log-ratios by the response's length: --length-average).
+"""
+
+import torch
+import torch.nn.functional as F
+
+import data
+import lm
+import run
+from eval import evaluator, finish, load_judge
+
+# ---------------------------------------------------------------------------------------------------
+# losses: log-ratios (B,) of chosen and rejected responses in, one loss a pair (B,) out
+
+
+def dpo_loss(chosen_logratio, rejected_logratio, beta: float):
+    """-log sigmoid(beta * margin): log 2 at pi = pi_ref; its slope in the margin is -beta sigmoid(-beta margin).
+
+    >>> dpo_loss(torch.zeros(1), torch.zeros(1), beta=0.1)
+    tensor([0.6931])
+    """
+    return -F.logsigmoid(beta * (chosen_logratio - rejected_logratio))
+
+
+def ipo_loss(chosen_logratio, rejected_logratio, beta: float):
+    """(margin - 1/(2 beta))^2: 1/(4 beta^2) at pi = pi_ref, zero where the margin is 1/(2 beta).
+
+    >>> ipo_loss(torch.tensor([3.]), torch.tensor([-2.]), beta=0.1)
+    tensor([0.])
+    """
+    return (chosen_logratio - rejected_logratio - 1 / (2 * beta)) ** 2
+
+
+def bo2_loss(chosen_logps):
+    """-log pi(chosen): supervised fine-tuning on the better of two. No contrast, no reference, no beta."""
+    return -chosen_logps
+
+
+# ---------------------------------------------------------------------------------------------------
+# pairs that the current policy writes
+
+
+def online_pairs(policy, ref, tokenizer, prompts: list[str], judge, generator, args) -> list[dict]:
+    """Two fresh samples of the policy for each prompt, the better one chosen; the judge's ties are skipped."""
+    prompt_ids = [lm.encode_prompt(tokenizer, prompt) for prompt in prompts]
+    responses = lm.sample(policy, prompt_ids * 2, args.max_new_tokens, tokenizer.eos_token_id, generator)
+    rewards = judge(prompts * 2, [lm.decode(tokenizer, response) for response in responses])
+    n, pairs = len(prompts), []
+    for i, prompt in enumerate(prompt_ids):
+        if rewards[i] != rewards[i + n]:
+            chosen, rejected = (i, i + n) if rewards[i] > rewards[i + n] else (i + n, i)
+            pairs.append({"prompt": prompt, "chosen": responses[chosen], "rejected": responses[rejected]})
+    return lm.add_ref_logps(ref, pairs)
+
+
+def pairs_of_round(policy, ref, tokenizer, prompts: list[str], judge, args, step: int) -> list[dict]:
+    """args.pairs fresh pairs at the first step of a round, kept in a file for the round's other steps."""
+    number = (step - 1) // args.round_steps
+    path = args.out / f"round-{number}.jsonl"
+    if (step - 1) % args.round_steps == 0:
+        asked = [prompts[i % len(prompts)] for i in range(args.pairs)]
+        generator = run.generator(args, "round", number)
+        data.write_jsonl(path, online_pairs(policy, ref, tokenizer, asked, judge, generator, args))
+    return data.read_rows(path)
+
+
+# ---------------------------------------------------------------------------------------------------
+# training
+
+
+def train(policy, ref, tokenizer, pairs: list[dict], prompts: list[str], judge, evaluate, args) -> None:
+    """Minimise a loss over minibatches of pairs from the source that args.sampling names.
+
+    pairs: offline pairs as from lm.add_ref_logps. prompts: texts for the policy to answer, and judge labels
+    the answers; both unused offline. evaluate: function policy -> metrics.
+    """
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0)
+    for step, metrics in run.loop(args, policy, optimizer, evaluate):
+        # where the pairs come from: the only difference between offline, online and iterative training
+        if args.sampling == "offline":
+            batch = run.minibatch(pairs, args, step)
+        elif args.sampling == "online":
+            asked = run.minibatch(prompts, args, step)
+            generator = run.generator(args, "online", step)
+            batch = online_pairs(policy, ref, tokenizer, asked, judge, generator, args)
+        else:
+            if pairs is None or (step - 1) % args.round_steps == 0:
+                pairs = pairs_of_round(policy, ref, tokenizer, prompts, judge, args, step)
+            batch = run.minibatch(pairs, args, step)
+        metrics["pairs"] = len(batch)
+        if not batch:  # every prompt was a tie: nothing to learn from
+            continue
+
+        # log-ratios; pi_ref's log-probs were taken when the pairs were made
+        chosen_logps, rejected_logps = lm.pair_logps(policy, batch)  # (B,), (B,)
+        ref_chosen_logps, ref_rejected_logps = lm.ref_logps(batch, policy.device)
+        chosen_logratio = chosen_logps - ref_chosen_logps
+        rejected_logratio = rejected_logps - ref_rejected_logps
+        metrics.update(train_chosen_logratio=chosen_logratio.detach().mean(),
+                       train_rejected_logratio=rejected_logratio.detach().mean(), tokens=lm.count_tokens(batch))
+
+        # the loss, and one step down its gradient
+        if args.length_average:
+            chosen_logratio = chosen_logratio / lm.lengths(batch, "chosen", policy.device)
+            rejected_logratio = rejected_logratio / lm.lengths(batch, "rejected", policy.device)
+        if args.loss == "dpo":
+            loss = dpo_loss(chosen_logratio, rejected_logratio, args.beta).mean()
+        elif args.loss == "ipo":
+            loss = ipo_loss(chosen_logratio, rejected_logratio, args.beta).mean()
+        else:
+            loss = bo2_loss(chosen_logps).mean()
+        metrics.update(loss=loss.detach(), grad_norm=run.update(policy, optimizer, loss, args))
+
+
+def main(argv=None):
+    parser = run.parser(__doc__)
+    add = parser.add_argument_group("dpo.py").add_argument
+    add("--loss", choices=["dpo", "ipo", "bo2"], default="dpo", help="the loss on a pair (default dpo)")
+    add("--sampling", choices=["offline", "online", "iterative"], default="offline", help="where pairs come from: "
+        "offline, collected once from pi_ref; online, two fresh samples for each prompt in every step, labelled "
+        "by --judge; iterative, --pairs fresh pairs at the start of each round (default offline)")
+    add("--rounds", type=int, default=4, help="rounds of iterative training (default 4)")
+    add("--length-average", action="store_true", help="IPO on log-ratios divided by the response's length")
+    args = run.parse(parser, argv)
+    if args.length_average and args.loss != "ipo":
+        parser.error(f"--length-average is an option of --loss ipo; --loss {args.loss} would ignore it")
+    if args.sampling != "offline" and args.judge == "none":
+        parser.error(f"--sampling {args.sampling} needs --judge to label the policy's samples: golden, or a "
+                     "directory with a reward model")
+    if not 1 <= args.rounds <= args.steps:
+        parser.error(f"--rounds must be from 1 to --steps {args.steps}, got {args.rounds}")
+    args.round_steps = -(-args.steps // args.rounds)
+
+    with run.precision(args):
+        judge = load_judge(args.judge, args.device)
+        policy, tokenizer = lm.load(args.model, data.sft_corpus, args.device)
+        ref = lm.frozen_copy(policy)
+        respond = lm.responder(ref, tokenizer, args.max_new_tokens)
+        pairs, prompts, held_out, held_out_prompts = data.load_pairs(
+            args.data, args.pairs, respond, tokenizer, args.seed)
+        pairs, held_out = (lm.add_ref_logps(ref, lm.encode_pairs(policy, tokenizer, rows, args.max_new_tokens))
+                           for rows in (pairs, held_out))
+        run.prepare(args, args.loss if args.sampling == "offline" else f"{args.sampling} {args.loss}")
+        # in the built-in world the golden reward judges the outcome, whoever labels the pairs
+        evaluate = evaluator(args, ref, tokenizer, held_out_prompts, held_out,
+                             judge if args.data else data.golden_judge)
+        train(policy, ref, tokenizer, pairs if args.sampling == "offline" else None, prompts, judge, evaluate, args)
+        finish(args, policy, tokenizer, run.seconds(args))
+
+
+if __name__ == "__main__":
+    run.start(main)

@@ -1,0 +1,283 @@
+"""Evaluation: win rate by a judge, reverse KL, accuracy; the tables and curves of runs.
+
+    python eval.py runs/hypo runs/dpo                  # one table, and goodhart.png: win rate against KL
+    python eval.py runs/hypo --against runs/dpo        # win rate of one policy's responses over another's
+
+A run is evaluated while it trains, on prompts it never trains on, always with the same prompts, the same
+random seed and the same opponent: pi_ref's responses. Training reads none of these numbers.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import data
+import lm
+
+# an algorithm has the same colour in every picture
+COLORS = {"hypo": "#c2410c", "dpo": "#1d4ed8", "ipo": "#0e7490", "bo2": "#6b7280", "online dpo": "#7c3aed",
+          "online ipo": "#be185d", "online bo2": "#111827", "iterative dpo": "#4d7c0f", "iterative ipo": "#a16207",
+          "iterative bo2": "#9a3412", "ppo": "#15803d", "rloo": "#0f766e"}
+
+
+# ---------------------------------------------------------------------------------------------------
+# measures
+
+def win_rate(rewards, opponent_rewards) -> tuple[float, tuple[float, float]]:
+    """Share of comparisons won, a tie counting one half, and its 95 % Wilson interval."""
+    n = len(rewards)
+    wins = sum(0.5 * (a == b) + (a > b) for a, b in zip(rewards, opponent_rewards, strict=True))
+    return wins / n, wilson_interval(wins, n)
+
+
+def wilson_interval(wins: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's score interval of a proportion; unlike wins/n +- z sd it stays inside [0, 1]."""
+    center = (wins + z * z / 2) / (n + z * z)
+    half = z / (n + z * z) * math.sqrt(wins * (n - wins) / n + z * z / 4)
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def load_judge(name: str, device: str = "cpu"):
+    """A judge: function (prompts, responses) -> rewards, both lists of strings; None for "none".
+
+    name: "golden", "none", or the directory of an AutoModelForSequenceClassification with one label whose
+    score is read at the last token of prompt + response (found by length, never by pad id).
+    """
+    if name in ("golden", "none"):
+        return data.golden_judge if name == "golden" else None
+    if not Path(name).is_dir():
+        raise ValueError(f"--judge {name}: neither 'golden' nor a directory with a sequence-classification model")
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    model = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32).eval().to(device)
+    if model.config.num_labels != 1 or not hasattr(model, "score"):
+        raise ValueError(f"--judge {name}: needs a decoder with one label, a reward; this {type(model).__name__} "
+                         f"has {model.config.num_labels} labels")
+
+    @torch.no_grad()
+    def judge(prompts: list[str], responses: list[str], batch_size: int = 64) -> list[float]:
+        rewards = []
+        room = lm.context_length(model)
+        for i in range(0, len(prompts), batch_size):
+            rows = [(lm.encode_prompt(tokenizer, prompt) + lm.encode_response(tokenizer, response, room))[-room:]
+                    for prompt, response in zip(prompts[i:i + batch_size], responses[i:i + batch_size])]
+            ids, mask = lm.pad(rows, "right", device)
+            hidden = model.base_model(ids, attention_mask=mask).last_hidden_state  # (B, T, D)
+            last = mask.sum(1) - 1  # (B,)
+            rewards += model.score(hidden[torch.arange(len(rows)), last]).squeeze(1).tolist()
+        return rewards
+
+    return judge
+
+
+def implicit_reward_metrics(policy, pairs: list[dict]) -> dict:
+    """How the implicit reward, proportional to log pi / pi_ref, sees labelled pairs it was not trained on.
+
+    pairs: as from lm.add_ref_logps. Equal log-ratios count one half in the accuracy, so it is 1/2 at step 0.
+    """
+    chosen, rejected = lm.score_pairs(policy, pairs)  # (N,), (N,)
+    ref_chosen, ref_rejected = lm.ref_logps(pairs, policy.device)
+    chosen, rejected = chosen - ref_chosen, rejected - ref_rejected
+    correct = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
+    return {"accuracy": correct.mean().item(), "chosen_logratio": chosen.mean().item(),
+            "rejected_logratio": rejected.mean().item()}
+
+
+def evaluator(args, ref, tokenizer, prompts: list[str], pairs: list[dict], judge):
+    """The function evaluate(policy) -> metrics that a training run calls; see README for the glossary.
+
+    prompts: held-out prompt texts, cycled through to args.eval_samples. pairs: held-out, from
+    lm.add_ref_logps. judge: from load_judge; without one (None) win rate and reward are None.
+    Each call also leaves args.out/responses.jsonl and samples.md, to read while the run goes on.
+    """
+    prompts = [prompts[i % len(prompts)] for i in range(args.eval_samples)]
+    prompt_ids = [lm.encode_prompt(tokenizer, prompt) for prompt in prompts]
+
+    def respond(policy, seed: int) -> list[list[int]]:
+        generator = torch.Generator(policy.device).manual_seed(seed)
+        return lm.sample(policy, prompt_ids, args.max_new_tokens, tokenizer.eos_token_id, generator)
+
+    def texts_and_rewards(ids):
+        texts = [lm.decode(tokenizer, response) for response in ids]
+        return texts, judge(prompts, texts) if judge else [None] * len(texts)
+
+    opponent, opponent_rewards = texts_and_rewards(respond(ref, seed=1))
+
+    def evaluate(policy) -> dict:
+        ids = respond(policy, seed=0)
+        texts, rewards = texts_and_rewards(ids)
+        rate, interval = win_rate(rewards, opponent_rewards) if judge else (None, None)
+        reward_name = "golden_reward" if judge in (data.golden_judge, None) else "judge_reward"
+        rows = [dict(prompt=p, response=y, ref_response=z, reward=r, ref_reward=s) for p, y, z, r, s in
+                zip(prompts, texts, opponent, rewards, opponent_rewards)]
+        data.write_jsonl(args.out / "responses.jsonl", rows)
+        write_samples(args.out / "samples.md", rows)
+        return {
+            "win_rate": rate, "win_rate_ci": interval,
+            reward_name: sum(rewards) / len(rewards) if judge else None,
+            "reverse_kl": lm.reverse_kl(policy, ref, prompt_ids, ids).mean().item(),
+            "response_length": sum(map(len, ids)) / len(ids),
+            **implicit_reward_metrics(policy, pairs),
+        }
+
+    return evaluate
+
+
+# ---------------------------------------------------------------------------------------------------
+# what a run leaves behind
+
+def finish(args, policy, tokenizer, seconds: float) -> None:
+    """policy/, summary.json and curve.png of a run whose training is done; prints its table."""
+    lines = read_metrics(args.out)
+    measured = {name: lines[-1].get(name) for name in ("win_rate", "win_rate_ci", "golden_reward", "judge_reward",
+                "reverse_kl", "response_length", "accuracy", "chosen_logratio", "rejected_logratio")}
+    summary = {
+        "algorithm": args.algorithm, "model": args.model, "seed": args.seed, "steps": args.steps, "beta": args.beta,
+        **measured, "seconds": round(seconds, 1),
+        "tokens_per_second": round(sum(line.get("tokens", 0) for line in lines) / seconds),
+        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+    }
+    lm.save(policy, tokenizer, args.out / "policy")
+    plot_curve(args.out, summary, lines)
+    data.write_jsonl(args.out / "summary.json", [summary])
+    print(table([{"run": "pi_ref", **lines[0]}, {"run": args.algorithm, **lines[-1]}]))
+    print(f"\n{seconds:.0f} s of training; see {args.out}/curve.png, {args.out}/samples.md and the model in "
+          f"{args.out}/policy/")
+
+
+def read_metrics(run) -> list[dict]:
+    """The lines of a run's metrics.jsonl; line i is step i."""
+    try:
+        return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:
+        raise ValueError(f"{run}: not a run, for it has no metrics.jsonl; name directories that hypo.py, dpo.py or "
+                         "rlhf.py wrote, such as runs/hypo") from None
+
+
+def write_samples(path, rows: list[dict], n: int = 12) -> None:
+    """samples.md: the first responses, the reference's beside the policy's, with their rewards."""
+    cell = lambda text: text.strip().replace("|", "\\|").replace("\n", " ")  # noqa: E731
+    reward = lambda value: "" if value is None else f"{value:+.1f}"  # noqa: E731
+    lines = ["| prompt | pi_ref | reward | policy | reward |", "| --- | --- | ---: | --- | ---: |"]
+    lines += [f"| {cell(row['prompt'])} | {cell(row['ref_response'])} | {reward(row['ref_reward'])} "
+              f"| {cell(row['response'])} | {reward(row['reward'])} |" for row in rows[:n]]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def table(rows: list[dict]) -> str:
+    """Measured rows as text: one line a run."""
+    columns = {
+        "run": lambda row: row["run"], "step": lambda row: f"{row['step']}",
+        "win rate [95 %]": lambda row: "{:.3f} [{:.3f}, {:.3f}]".format(row["win_rate"], *row["win_rate_ci"]),
+        "reward": lambda row: f"{row.get('golden_reward', row.get('judge_reward')):+.2f}",
+        "reverse KL, nats": lambda row: f"{row['reverse_kl']:.2f}",
+        "length": lambda row: f"{row['response_length']:.1f}",
+        "accuracy": lambda row: f"{row['accuracy']:.3f}",
+        "log-ratio chosen / rejected": lambda row: f"{row['chosen_logratio']:+.1f} / {row['rejected_logratio']:+.1f}",
+    }
+
+    def cell(form, row):
+        try:
+            return form(row)
+        except TypeError:  # a value is None: there was no judge
+            return "-"
+
+    cells = [list(columns)] + [[cell(form, row) for form in columns.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in cells)
+
+
+def plot_curve(out, summary: dict, lines: list[dict]) -> None:
+    """curve.png of one run: win rate and reverse KL against the step."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    points = [line for line in lines if "reverse_kl" in line]
+    steps = [line["step"] for line in points]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    color = COLORS.get(summary["algorithm"], "black")
+    if summary["win_rate"] is not None:
+        left.plot(steps, [line["win_rate"] for line in points], color=color, marker="o", markersize=3)
+        left.fill_between(steps, *zip(*(line["win_rate_ci"] for line in points)), color=color, alpha=0.15, lw=0)
+        left.axhline(0.5, color="gray", lw=0.8, ls=":")
+        left.set_ylabel("win rate against pi_ref")
+    else:
+        left.plot(steps, [line["accuracy"] for line in points], color=color, marker="o", markersize=3)
+        left.set_ylabel("accuracy on held-out pairs")
+    right.plot(steps, [line["reverse_kl"] for line in points], color=color, marker="o", markersize=3)
+    right.set_ylabel("KL(policy || pi_ref), nats a sequence")
+    for axis in (left, right):
+        axis.set_xlabel("step")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{summary['algorithm']} on {summary['model']}, beta {summary['beta']}, seed {summary['seed']}",
+                    fontsize=10)
+    figure.savefig(Path(out) / "curve.png", dpi=130)
+    plt.close(figure)
+
+
+def plot_goodhart(runs: dict[str, list[dict]], names: dict[str, str], path) -> None:
+    """Win rate against KL: a line a run, a point a checkpoint, the last one labelled.
+
+    runs: directory -> its metrics lines. names: directory -> its algorithm, which decides the colour.
+    """
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    for run, lines in runs.items():
+        points = [line for line in lines if line.get("win_rate") is not None]
+        x, y = [line["reverse_kl"] for line in points], [line["win_rate"] for line in points]
+        color = COLORS.get(names[run], "black")
+        axis.plot(x, y, color=color, marker="o", markersize=3, lw=1.2)
+        axis.annotate(Path(run).name, (x[-1], y[-1]), color=color, fontsize=9, xytext=(5, 0),
+                      textcoords="offset points", va="center")
+    axis.axhline(0.5, color="gray", lw=0.8, ls=":")
+    axis.set_xlabel("KL(policy || pi_ref), nats a sequence")
+    axis.set_ylabel("win rate against pi_ref")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.margins(x=0.15)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def against(run, opponent) -> dict:
+    """Win rate of one run's responses over another's, prompt by prompt, by the rewards both were given."""
+    mine, theirs = (list(map(json.loads, open(Path(d) / "responses.jsonl", encoding="utf-8"))) for d in (run, opponent))
+    if [row["prompt"] for row in mine] != [row["prompt"] for row in theirs]:
+        raise ValueError(f"{run} and {opponent} were evaluated on different prompts; give both the same --data, "
+                         "--seed and --eval-samples")
+    if any(row["reward"] is None for row in mine + theirs):
+        raise ValueError(f"{run} or {opponent} was run without a judge; run it with --judge")
+    rate, interval = win_rate([row["reward"] for row in mine], [row["reward"] for row in theirs])
+    return {"win_rate": rate, "win_rate_ci": interval}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="directories that hypo.py, dpo.py or rlhf.py wrote")
+    parser.add_argument("--against", metavar="RUN", help="also the win rate against this run's responses")
+    parser.add_argument("--out", default="goodhart.png", help="the picture (default goodhart.png)")
+    args = parser.parse_args(argv)
+    runs = {run: read_metrics(run) for run in args.runs}
+    last = {run: next(line for line in reversed(lines) if "reverse_kl" in line) for run, lines in runs.items()}
+    print(table([{"run": "pi_ref", **next(iter(runs.values()))[0]}, *({"run": run, **last[run]} for run in runs)]))
+    if args.against:
+        print()
+        for run in runs:
+            print("{} beats {}: win rate {win_rate:.3f} {win_rate_ci}".format(
+                run, args.against, **{k: v for k, v in against(run, args.against).items()}))
+    names = {}
+    for run in runs:
+        summary = Path(run) / "summary.json"
+        names[run] = json.loads(summary.read_text())["algorithm"] if summary.exists() else Path(run).name
+    plot_goodhart(runs, names, args.out)
+    print(f"\nwin rate against KL, a point a checkpoint: {args.out}")
+
+
+if __name__ == "__main__":
+    main()

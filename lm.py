@@ -1,0 +1,354 @@
+"""A causal language model as the algorithms need it: load, log-probs, sample, SFT, reverse KL, save.
+
+A text is a pair (prompt, response), tokenised apart and joined as ids, in training and in sampling alike.
+A response is an action: it ends with its EOS, or is cut at `max_new_tokens` and then has none. So the
+policy is a distribution over responses, log pi(y|x) is the sum over the response's tokens, EOS included,
+and every formula of the papers holds as written.
+
+A batch lays every response out from the same column,
+
+    . . T h e  p l o t  w a s | d u l l <eos> . .        left: prompts padded on the left
+    M y  s i s t e r  s a i d | n e v e r  f l a t       right: responses padded on the right
+
+so that the model computes its vocabulary projection at the response's columns alone. Masks come from
+lengths, never from token ids, so a tokenizer whose pad token is its EOS (GPT-2) needs no special case.
+"""
+
+import contextlib
+import copy
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+transformers_logging.disable_progress_bar()  # its bars for loading a file would break up ours
+
+# The built-in model: large enough to write the world's sentences, small enough for a laptop.
+TINY = dict(layers=2, width=64, heads=4, positions=64, sft_steps=400, batch_size=128, lr=4e-3, seed=0)
+
+
+# ---------------------------------------------------------------------------------------------------
+# load and save
+
+def load(name: str, corpus=None, device: str = "cpu"):
+    """(model, tokenizer) by hub name or directory; "tiny" is the built-in one. Weights in float32.
+
+    corpus: function returning (prompt, response) texts that teach "tiny" to write, on its first use.
+    """
+    if name == "tiny":
+        torch.set_num_threads(1)  # too small to share: on a busy machine a second thread only makes it wait
+        path = str(tiny_directory(corpus(), device))
+    else:
+        path = name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        if Path(name).is_dir():
+            raise ValueError(f"--model {name}: this directory does not hold a causal language model that "
+                             f"transformers can load ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"--model {name}: not a directory here, and the model hub did not give it; "
+                         "name a transformers directory on this machine instead: --model DIR") from None
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"--model {name}: its tokenizer has no EOS token, so a response could not end")
+    return model.eval().to(device), tokenizer
+
+
+def frozen_copy(model):
+    """The reference policy: the same function, in storage of its own, that no optimizer will touch."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def save(model, tokenizer, directory) -> None:
+    """An ordinary transformers directory (safetensors), written beside and renamed."""
+    directory = Path(directory)
+    beside = directory.with_name(directory.name + ".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    model.save_pretrained(beside)
+    tokenizer.save_pretrained(beside)
+    shutil.rmtree(directory, ignore_errors=True)
+    os.replace(beside, directory)
+
+
+def tiny_directory(corpus: list[tuple[str, str]], device: str = "cpu") -> Path:
+    """The directory of the built-in model, made by SFT on `corpus` if it is not cached.
+
+    The cache's name is a hash of the settings and the texts, so a changed world gets a model of its own.
+    """
+    settings = json.dumps([TINY, corpus, torch.__version__])
+    key = hashlib.sha256(settings.encode()).hexdigest()[:12]
+    directory = Path(os.environ.get("HYPO_CACHE", Path(__file__).parent / ".cache")) / f"tiny-{key}"
+    if not directory.exists():
+        tokenizer = word_tokenizer([text for pair in corpus for text in pair])
+        torch.manual_seed(TINY["seed"])
+        model = GPT2LMHeadModel(GPT2Config(
+            vocab_size=len(tokenizer), n_positions=TINY["positions"], n_embd=TINY["width"],
+            n_layer=TINY["layers"], n_head=TINY["heads"], bos_token_id=0, eos_token_id=0,
+            activation_function="gelu_pytorch_tanh",  # GPT-2's gelu_new, fused: half the time of a step
+        )).to(device)
+        sft(model, tokenizer, corpus, TINY["sft_steps"], TINY["batch_size"], TINY["lr"], TINY["seed"])
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        save(model, tokenizer, directory)
+    return directory
+
+
+def word_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """One token for each word (with the space before it) and punctuation mark of `texts`; no pad token."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    word = r" ?[A-Za-z']+|[^A-Za-z']"
+    words = sorted({token for text in texts for token in re.findall(word, text)})
+    vocabulary = {token: i for i, token in enumerate(["<eos>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))  # as GPT-2: one special token
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(word), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<eos>")
+
+
+# ---------------------------------------------------------------------------------------------------
+# text <-> ids
+
+def encode_prompt(tokenizer, text: str) -> list[int]:
+    """Token ids, with one BOS in front if the tokenizer uses one. Never empty: something must predict."""
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    bos, with_special = tokenizer.bos_token_id, tokenizer("a").input_ids
+    if bos is not None and with_special[:1] == [bos] and ids[:1] != [bos]:
+        ids = [bos, *ids]
+    return ids or [tokenizer.eos_token_id if bos is None else bos]
+
+
+def encode_response(tokenizer, text: str, max_new_tokens: int) -> list[int]:
+    """Token ids with exactly one EOS at the end; or, if that is too long, cut and then without EOS."""
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if ids[-1:] != [tokenizer.eos_token_id]:
+        ids.append(tokenizer.eos_token_id)
+    return ids[:max_new_tokens]
+
+
+def decode(tokenizer, ids: list[int]) -> str:
+    """The text of a response, without its EOS."""
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def encode_pairs(model, tokenizer, pairs: list[dict], max_new_tokens: int) -> list[dict]:
+    """Preference pairs of texts -> dicts of token ids: prompt, chosen, rejected.
+
+    Raises ValueError naming file, line and field where a prompt leaves no room in the model's context,
+    where the cut makes the two responses equal, or where the tokenizer does not know a word.
+    """
+    rows, room = [], context_length(model) - max_new_tokens
+    for i, pair in enumerate(pairs):
+        where = pair.get("where", f"pair {i}")
+        row = {"prompt": encode_prompt(tokenizer, pair["prompt"])}
+        if len(row["prompt"]) > room:
+            raise ValueError(f"{where}: field 'prompt' has {len(row['prompt'])} tokens, but the model's context "
+                             f"of {context_length(model)} less --max-new-tokens {max_new_tokens} leaves room "
+                             f"for {room}; shorten the prompt or lower --max-new-tokens")
+        for field in ("chosen", "rejected"):
+            if f"{field}_ids" in pair:  # sampled by a policy: exactly the tokens that it wrote
+                row[field] = pair[f"{field}_ids"]
+            else:
+                check_known(tokenizer, pair["prompt"], f"{where}: field 'prompt'")
+                check_known(tokenizer, pair[field], f"{where}: field '{field}'")
+                row[field] = encode_response(tokenizer, pair[field], max_new_tokens)
+        if row["chosen"] == row["rejected"]:
+            raise ValueError(f"{where}: fields 'chosen' and 'rejected' are the same in their first "
+                             f"{max_new_tokens} tokens; raise --max-new-tokens or drop the row")
+        rows.append(row)
+    return rows
+
+
+def check_known(tokenizer, text: str, where: str) -> None:
+    """ValueError if the text has words outside the tokenizer's vocabulary."""
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if tokenizer.unk_token_id in ids:
+        raise ValueError(f"{where}: the model's tokenizer does not know every word; it reads "
+                         f"{tokenizer.decode(ids)!r:.90}. The tiny model knows only the built-in world: for other "
+                         "text give --model a pretrained one")
+
+
+def context_length(model) -> int:
+    """The most tokens the model can read."""
+    return getattr(model.config, "max_position_embeddings", None) or 10**9
+
+
+# ---------------------------------------------------------------------------------------------------
+# log-probabilities
+
+@contextlib.contextmanager
+def eval_mode(model):
+    """Dropout off, whatever mode the model is in; the mode is put back afterwards.
+
+    With dropout, log pi / pi_ref would not be 0 where the two policies are equal.
+    """
+    mode = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(mode)
+
+
+def pad(rows: list[list[int]], side: str, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, mask), both (B, L): the rows padded with token 0 on one side; mask is 1 on the rows' tokens."""
+    width = max(map(len, rows))
+    fill = [[0] * (width - len(row)) for row in rows]
+    ones = [[1] * len(row) for row in rows]
+    glue = (lambda gap, row: gap + row) if side == "left" else (lambda gap, row: row + gap)
+    return (torch.tensor([glue(gap, row) for gap, row in zip(fill, rows)], device=device),
+            torch.tensor([glue(gap, one) for gap, one in zip(fill, ones)], device=device))
+
+
+def response_logits(model, prompts: list[list[int]], responses: list[list[int]]):
+    """(logits (B, T, V), ids (B, T), mask (B, T)): logits[:, t] predicts ids[:, t]; T is the longest response.
+
+    Logits are at least float32, whatever the model computes in.
+    """
+    prompt_ids, prompt_mask = pad(prompts, "left", model.device)
+    ids, mask = pad(responses, "right", model.device)
+    attention_mask = torch.cat([prompt_mask, mask], dim=1)  # (B, P + T)
+    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # a token's position does not count padding
+    with eval_mode(model):
+        logits = model(
+            torch.cat([prompt_ids, ids], dim=1)[:, :-1],  # the last token predicts nothing
+            attention_mask=attention_mask[:, :-1], position_ids=positions[:, :-1],
+            logits_to_keep=ids.shape[1], use_cache=False,
+        ).logits
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)), ids, mask.bool()
+
+
+def token_logps(model, prompts: list[list[int]], responses: list[list[int]]):
+    """(token_logps, mask), both (B, T): log pi(y_t | x, y_<t) of the response's tokens, 0 at padding."""
+    logits, ids, mask = response_logits(model, prompts, responses)
+    chosen_logits = logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1)  # (B, T)
+    return torch.where(mask, chosen_logits - logits.logsumexp(-1), 0.0), mask
+
+
+def logps(model, prompts: list[list[int]], responses: list[list[int]]) -> torch.Tensor:
+    """(B,) log pi(y|x) in nats: the sum over the response's tokens, its EOS included."""
+    return token_logps(model, prompts, responses)[0].sum(1)
+
+
+def pair_logps(model, pairs: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
+    """((B,), (B,)) log pi(chosen|prompt) and log pi(rejected|prompt), in one forward pass."""
+    both = logps(model, [pair["prompt"] for pair in pairs] * 2,
+                 [pair["chosen"] for pair in pairs] + [pair["rejected"] for pair in pairs])
+    return both.chunk(2)
+
+
+@torch.no_grad()
+def score_pairs(model, pairs: list[dict], batch_size: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    """pair_logps of any number of pairs, batch by batch and without gradient."""
+    chosen, rejected = [], []
+    for i in range(0, len(pairs), batch_size):
+        for done, values in zip((chosen, rejected), pair_logps(model, pairs[i:i + batch_size])):
+            done += values.tolist()
+    return torch.tensor(chosen), torch.tensor(rejected)
+
+
+def add_ref_logps(ref, pairs: list[dict]) -> list[dict]:
+    """The pairs with log pi_ref as floats ref_chosen, ref_rejected: pi_ref is frozen, so once is enough."""
+    chosen, rejected = score_pairs(ref, pairs)
+    return [{**pair, "ref_chosen": c, "ref_rejected": r}
+            for pair, c, r in zip(pairs, chosen.tolist(), rejected.tolist())]
+
+
+def ref_logps(pairs: list[dict], device) -> tuple[torch.Tensor, torch.Tensor]:
+    """((B,), (B,)) the stored log-probs of pi_ref, as from add_ref_logps."""
+    return (torch.tensor([pair["ref_chosen"] for pair in pairs], device=device),
+            torch.tensor([pair["ref_rejected"] for pair in pairs], device=device))
+
+
+def count_tokens(pairs: list[dict]) -> int:
+    """Response tokens of both members of the pairs."""
+    return sum(len(pair["chosen"]) + len(pair["rejected"]) for pair in pairs)
+
+
+@torch.no_grad()
+def reverse_kl(policy, ref, prompts: list[list[int]], responses: list[list[int]], batch_size: int = 64):
+    """(N,) estimates of KL(pi(.|x) || pi_ref(.|x)) in nats a sequence; responses must be samples of policy.
+
+    Sums the exact KL between the two next-token distributions over the sampled prefixes (Rao-Blackwell):
+    unbiased like log pi / pi_ref, with less variance, and never negative. To report, not to differentiate.
+    """
+    kls = []
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start:start + batch_size], responses[start:start + batch_size]
+        logits, _, mask = response_logits(policy, *batch)
+        log_pi = logits.log_softmax(-1)  # (B, T, V)
+        log_ref = response_logits(ref, *batch)[0].log_softmax(-1)
+        kl = (log_pi.exp() * (log_pi - log_ref)).sum(-1)  # (B, T)
+        kls.append(torch.where(mask, kl, 0.0).sum(1))
+    return torch.cat(kls)
+
+
+# ---------------------------------------------------------------------------------------------------
+# sampling and supervised fine-tuning
+
+def sample(model, prompts: list[list[int]], max_new_tokens: int, eos_id: int, generator: torch.Generator,
+           temperature: float = 1.0, batch_size: int = 256) -> list[list[int]]:
+    """One response for each prompt: exact samples of softmax(logits / temperature), EOS included if reached.
+
+    Deliberately not `generate`: that obeys the model's generation_config (top-k, penalties), and then the
+    samples are not samples of the policy whose log-probs we take.
+    """
+    rows = []
+    for i in range(0, len(prompts), batch_size):
+        rows += _sample_batch(model, prompts[i:i + batch_size], max_new_tokens, eos_id, generator, temperature)
+    return [row[:row.index(eos_id) + 1] if eos_id in row else row for row in rows]
+
+
+@torch.no_grad()
+def _sample_batch(model, prompts, max_new_tokens, eos_id, generator, temperature) -> list[list[int]]:
+    """Rows of tokens, of equal length: what follows a row's first EOS has no meaning."""
+    ids, attention_mask = pad(prompts, "left", model.device)
+    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    alive = torch.ones(len(prompts), dtype=torch.bool, device=model.device)
+    cache, tokens = None, []
+    with eval_mode(model):
+        while len(tokens) < max_new_tokens and alive.any():
+            output = model(ids, attention_mask=attention_mask, position_ids=positions, past_key_values=cache,
+                           use_cache=True, logits_to_keep=1)
+            cache = output.past_key_values
+            logits = output.logits[:, -1].to(torch.promote_types(output.logits.dtype, torch.float32))
+            ids = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)  # (B, 1)
+            tokens.append(ids)
+            alive &= ids.squeeze(1) != eos_id
+            attention_mask = torch.cat([attention_mask, torch.ones_like(ids)], dim=1)
+            positions = positions[:, -1:] + 1
+    return torch.cat(tokens, dim=1).tolist()
+
+
+def responder(model, tokenizer, max_new_tokens: int):
+    """The policy as a function (prompt texts, seed) -> (response texts, their token ids)."""
+    def respond(prompts: list[str], seed: int) -> tuple[list[str], list[list[int]]]:
+        generator = torch.Generator(model.device).manual_seed(seed)
+        prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+        responses = sample(model, prompt_ids, max_new_tokens, tokenizer.eos_token_id, generator)
+        return [decode(tokenizer, ids) for ids in responses], responses
+    return respond
+
+
+def sft(model, tokenizer, corpus: list[tuple[str, str]], steps: int, batch_size: int, lr: float, seed: int):
+    """Supervised fine-tuning: maximise the mean log-prob of the response tokens, cosine learning rate."""
+    rows = [(encode_prompt(tokenizer, prompt), encode_response(tokenizer, response, context_length(model)))
+            for prompt, response in corpus]
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in (bar := tqdm(range(steps), desc="SFT, once", unit="step", disable=None)):
+        picks = torch.randint(len(rows), (batch_size,), generator=generator).tolist()
+        logp, mask = token_logps(model, *zip(*(rows[i] for i in picks)))
+        loss = -logp.sum() / mask.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix_str(f"loss {loss.item():.3f} nats/token", refresh=False)
