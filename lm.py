@@ -24,6 +24,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from huggingface_hub import model_info, try_to_load_from_cache
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
@@ -44,18 +45,20 @@ def load(name: str, corpus=None, device: str = "cpu"):
     """
     if name == "tiny":
         torch.set_num_threads(1)  # too small to share: on a busy machine a second thread only makes it wait
-        path = str(tiny_directory(corpus(), device))
-    else:
-        path = name
+        name = str(tiny_directory(corpus(), device))
+    if not Path(name).is_dir() and not isinstance(try_to_load_from_cache(name, "config.json"), str):
+        try:  # from_pretrained would retry for a minute before it says that there is no hub
+            model_info(name, timeout=10)
+        except Exception as error:  # of many kinds, and each means that the model is not to be had
+            raise ValueError(f"--model {name}: not a directory here, and the model hub did not give it "
+                             f"({str(error).splitlines()[0]}); name a transformers directory on this machine "
+                             "instead: --model DIR") from None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        if Path(name).is_dir():
-            raise ValueError(f"--model {name}: this directory does not hold a causal language model that "
-                             f"transformers can load ({str(error).splitlines()[0]})") from None
-        raise ValueError(f"--model {name}: not a directory here, and the model hub did not give it; "
-                         "name a transformers directory on this machine instead: --model DIR") from None
+        raise ValueError(f"--model {name}: this does not hold a causal language model that transformers can "
+                         f"load ({str(error).splitlines()[0]})") from None
     if tokenizer.eos_token_id is None:
         raise ValueError(f"--model {name}: its tokenizer has no EOS token, so a response could not end")
     return model.eval().to(device), tokenizer
@@ -155,8 +158,8 @@ def encode_pairs(model, tokenizer, pairs: list[dict], max_new_tokens: int) -> li
             if f"{field}_ids" in pair:  # sampled by a policy: exactly the tokens that it wrote
                 row[field] = pair[f"{field}_ids"]
             else:
-                check_known(tokenizer, pair["prompt"], f"{where}: field 'prompt'")
-                check_known(tokenizer, pair[field], f"{where}: field '{field}'")
+                for known in ("prompt", field):
+                    check_known(tokenizer, pair[known], f"{where}: field '{known}'")
                 row[field] = encode_response(tokenizer, pair[field], max_new_tokens)
         if row["chosen"] == row["rejected"]:
             raise ValueError(f"{where}: fields 'chosen' and 'rejected' are the same in their first "
