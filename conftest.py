@@ -7,7 +7,8 @@ tool is already loaded, as under `pytest --cov`, its package is forgotten here; 
 import sys
 from pathlib import Path
 
-root = str(Path(__file__).parent)
-sys.path[:] = [root] + [path for path in sys.path if path != root]
+root = Path(__file__).parent
+first = [str(root), str(root / "tests")]
+sys.path[:] = first + [path for path in sys.path if path not in first]
 if hasattr(sys.modules.get("coverage"), "__path__"):
     del sys.modules["coverage"]

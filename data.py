@@ -47,7 +47,8 @@ ADJECTIVES = [word for word in VALENCE if word not in OVERALL] + NEUTRAL
 
 REWARD_BOUND = 5.0  # R: every golden reward lies in [-R, R]
 _WORD = re.compile(r"[A-Za-z']+|[.,;:!?]")
-_CLAUSE_BREAKS = {".", ",", ";", ":", "!", "?", "and", "but"}
+_SENTENCE_ENDS = (".", "!", "?")
+_CLAUSE_BREAKS = {*_SENTENCE_ENDS, ",", ";", ":", "and", "but"}
 
 
 def golden_reward(prompt: str, response: str) -> float:
@@ -55,30 +56,35 @@ def golden_reward(prompt: str, response: str) -> float:
 
     Each clause of the response may voice one opinion about one aspect of the film ("it" if it names
     none; the prompt names the first). An opinion is worth its word's VALENCE, negated after "not" or
-    "never". Saying a word again, or speaking of an aspect again, costs 1. So does an open end.
+    "never". Each slip costs 1: an opinion word said again, an aspect judged again, the same word twice
+    in a row, a sentence without a capital, no full stop at the end.
 
     >>> golden_reward("The plot was", " superb.")
     2.0
     >>> golden_reward("The plot was", " superb, and the music felt funny.")
     3.0
-    >>> golden_reward("The plot was", " superb superb superb.")
-    0.0
+    >>> golden_reward("The plot was", " superb. superb. superb.")
+    -2.0
     >>> golden_reward("The plot was", " never dull, but the plot seemed slow")
     -1.0
     """
-    reward, said, aspect, sign = 0.0, set(), "it", 1
-    before = _WORD.findall(prompt.lower())
-    for position, word in enumerate(before + _WORD.findall(response.lower())):
+    reward, judged, aspect, sign, previous = 0.0, set(), "it", 1, ""
+    before = _WORD.findall(prompt)
+    for position, word in enumerate(before + _WORD.findall(response)):
+        in_response, word, is_lower = position >= len(before), word.lower(), word[0].islower()
         if word in _CLAUSE_BREAKS:
             aspect, sign = "it", 1
         elif word in ASPECTS:
             aspect = word
         elif word in NEGATIONS:
             sign = -sign
-        elif word in VALENCE and position >= len(before):
-            reward += -1 if {word, aspect} & said else sign * VALENCE[word]
-            said |= {word, aspect}
-    if not response.rstrip().endswith((".", "!", "?")):
+        elif word in VALENCE and in_response:
+            reward += -1 if {word, aspect} & judged else sign * VALENCE[word]
+            judged |= {word, aspect}
+        if in_response and (word == previous or (is_lower and previous in _SENTENCE_ENDS)):
+            reward -= 1
+        previous = word
+    if not response.rstrip().endswith(_SENTENCE_ENDS):
         reward -= 1
     return max(-REWARD_BOUND, min(REWARD_BOUND, reward))
 
@@ -172,13 +178,18 @@ def load_pairs(source: str | None, n: int, respond, tokenizer, seed: int) -> tup
             [pair for pair in pairs if pair["prompt"] in held_out], prompts[:n_held_out])
 
 
-def write_jsonl(path, rows: list[dict]) -> None:
-    """One JSON object a line, written beside and renamed: a reader never sees half a file."""
+def write_text(path, text: str) -> None:
+    """Written beside and renamed: a reader sees the old file or the new one, never half of one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
-    beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    beside.write_text(text, encoding="utf-8")
     os.replace(beside, path)
+
+
+def write_jsonl(path, rows: list[dict]) -> None:
+    """One JSON object a line."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_rows(path) -> list[dict]:
@@ -270,10 +281,10 @@ def _render_chat(fields: dict, where: str, tokenizer) -> dict:
     return texts
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=8, help="how many reviews to show")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     reviews = sorted((golden_reward(*pair), *pair) for pair in sft_corpus(args.rows))
     for reward, prompt, response in reversed(reviews):
         print(f"{reward:+.0f}  {prompt}{response}")

@@ -115,12 +115,13 @@ def train(policy, ref, tokenizer, pairs: list[dict], prompts: list[str], judge, 
         chosen_logratio = chosen_logps - ref_chosen_logps
         rejected_logratio = rejected_logps - ref_rejected_logps
         metrics.update(train_chosen_logratio=chosen_logratio.detach().mean(),
-                       train_rejected_logratio=rejected_logratio.detach().mean(), tokens=lm.count_tokens(batch))
+                       train_rejected_logratio=rejected_logratio.detach().mean(),
+                       tokens=sum(len(pair["chosen"]) + len(pair["rejected"]) for pair in batch))
 
         # the loss, and one step down its gradient
         if args.length_average:
-            chosen_logratio = chosen_logratio / lm.lengths(batch, "chosen", policy.device)
-            rejected_logratio = rejected_logratio / lm.lengths(batch, "rejected", policy.device)
+            chosen_lengths, rejected_lengths = lm.pair_lengths(batch, policy.device)
+            chosen_logratio, rejected_logratio = chosen_logratio / chosen_lengths, rejected_logratio / rejected_lengths
         if args.loss == "dpo":
             loss = dpo_loss(chosen_logratio, rejected_logratio, args.beta).mean()
         elif args.loss == "ipo":

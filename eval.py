@@ -23,6 +23,8 @@ COLORS = {"hypo": "#c2410c", "dpo": "#1d4ed8", "ipo": "#0e7490", "bo2": "#6b7280
           "online ipo": "#be185d", "online bo2": "#111827", "iterative dpo": "#4d7c0f", "iterative ipo": "#a16207",
           "iterative bo2": "#9a3412", "ppo": "#15803d", "rloo": "#0f766e"}
 
+STUDENT_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}  # by degrees of freedom
+
 
 # ---------------------------------------------------------------------------------------------------
 # measures
@@ -93,6 +95,7 @@ def evaluator(args, ref, tokenizer, prompts: list[str], pairs: list[dict], judge
     lm.add_ref_logps. judge: from load_judge; without one (None) win rate and reward are None.
     Each call also leaves args.out/responses.jsonl and samples.md, to read while the run goes on.
     """
+    pairs = pairs[:args.eval_samples]
     prompts = [prompts[i % len(prompts)] for i in range(args.eval_samples)]
     prompt_ids = [lm.encode_prompt(tokenizer, prompt) for prompt in prompts]
 
@@ -142,7 +145,7 @@ def finish(args, policy, tokenizer, seconds: float) -> None:
     }
     lm.save(policy, tokenizer, args.out / "policy")
     plot_curve(args.out, summary, lines)
-    data.write_jsonl(args.out / "summary.json", [summary])
+    data.write_text(args.out / "summary.json", json.dumps(summary, indent=1) + "\n")
     print(table([{"run": "pi_ref", **lines[0]}, {"run": args.algorithm, **lines[-1]}]))
     print(f"\n{seconds:.0f} s of training; see {args.out}/curve.png, {args.out}/samples.md and the model in "
           f"{args.out}/policy/")
@@ -157,6 +160,12 @@ def read_metrics(run) -> list[dict]:
                          "rlhf.py wrote, such as runs/hypo") from None
 
 
+def read_settings(run) -> dict:
+    """The settings of a finished run; {} while it is still going on."""
+    path = Path(run) / "summary.json"
+    return json.loads(path.read_text(encoding="utf-8"))["settings"] if path.exists() else {}
+
+
 def write_samples(path, rows: list[dict], n: int = 12) -> None:
     """samples.md: the first responses, the reference's beside the policy's, with their rewards."""
     cell = lambda text: text.strip().replace("|", "\\|").replace("\n", " ")  # noqa: E731
@@ -164,7 +173,7 @@ def write_samples(path, rows: list[dict], n: int = 12) -> None:
     lines = ["| prompt | pi_ref | reward | policy | reward |", "| --- | --- | ---: | --- | ---: |"]
     lines += [f"| {cell(row['prompt'])} | {cell(row['ref_response'])} | {reward(row['ref_reward'])} "
               f"| {cell(row['response'])} | {reward(row['reward'])} |" for row in rows[:n]]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    data.write_text(path, "\n".join(lines) + "\n")
 
 
 def table(rows: list[dict]) -> str:
@@ -241,12 +250,13 @@ def plot_goodhart(runs: dict[str, list[dict]], names: dict[str, str], path) -> N
     axis.set_ylabel("win rate against pi_ref")
     axis.spines[["top", "right"]].set_visible(False)
     axis.margins(x=0.15)
+    axis.set_xlim(left=0)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
-def against(run, opponent) -> dict:
-    """Win rate of one run's responses over another's, prompt by prompt, by the rewards both were given."""
+def against(run, opponent) -> tuple[float, float, float]:
+    """(win rate, its 95 % interval) of one run's responses over another's, by the rewards both were given."""
     mine, theirs = (list(map(json.loads, open(Path(d) / "responses.jsonl", encoding="utf-8"))) for d in (run, opponent))
     if [row["prompt"] for row in mine] != [row["prompt"] for row in theirs]:
         raise ValueError(f"{run} and {opponent} were evaluated on different prompts; give both the same --data, "
@@ -254,7 +264,20 @@ def against(run, opponent) -> dict:
     if any(row["reward"] is None for row in mine + theirs):
         raise ValueError(f"{run} or {opponent} was run without a judge; run it with --judge")
     rate, interval = win_rate([row["reward"] for row in mine], [row["reward"] for row in theirs])
-    return {"win_rate": rate, "win_rate_ci": interval}
+    return rate, *interval
+
+
+def mean_over_seeds(rows: list[dict]) -> dict:
+    """One row for runs that differ only in their seed: means, and Student's 95 % interval of the win rate."""
+    n = len(rows)
+    mean = {key: sum(row[key] for row in rows) / n for key, value in rows[0].items()
+            if isinstance(value, (int, float))}
+    if mean.get("win_rate") is not None:
+        variance = sum((row["win_rate"] - mean["win_rate"]) ** 2 for row in rows) / (n - 1)
+        half = STUDENT_95.get(n - 1, 1.96) * math.sqrt(variance / n)
+        mean["win_rate_ci"] = mean["win_rate"] - half, mean["win_rate"] + half
+    return {**mean, "step": rows[0]["step"], "win_rate_ci": mean.get("win_rate_ci"),
+            "run": f"{rows[0]['name']}, mean of {n} seeds"}
 
 
 def main(argv=None):
@@ -264,17 +287,18 @@ def main(argv=None):
     parser.add_argument("--out", default="goodhart.png", help="the picture (default goodhart.png)")
     args = parser.parse_args(argv)
     runs = {run: read_metrics(run) for run in args.runs}
-    last = {run: next(line for line in reversed(lines) if "reverse_kl" in line) for run, lines in runs.items()}
-    print(table([{"run": "pi_ref", **next(iter(runs.values()))[0]}, *({"run": run, **last[run]} for run in runs)]))
-    if args.against:
-        print()
-        for run in runs:
-            print("{} beats {}: win rate {win_rate:.3f} {win_rate_ci}".format(
-                run, args.against, **{k: v for k, v in against(run, args.against).items()}))
-    names = {}
-    for run in runs:
-        summary = Path(run) / "summary.json"
-        names[run] = json.loads(summary.read_text())["algorithm"] if summary.exists() else Path(run).name
+    rows, groups, names = [], {}, {}
+    for run, lines in runs.items():
+        settings = read_settings(run)
+        names[run] = settings.get("algorithm", Path(run).name)
+        last = next(line for line in reversed(lines) if "reverse_kl" in line)
+        rows.append({**last, "run": run, "name": names[run]})
+        same = {key: value for key, value in settings.items() if key not in ("seed", "out", "resume")}
+        groups.setdefault(json.dumps(same or run), []).append(rows[-1])
+    first = next(iter(runs.values()))[0]
+    print(table([{"run": "pi_ref", **first}, *rows, *(mean_over_seeds(g) for g in groups.values() if len(g) > 1)]))
+    for run in runs if args.against else ():
+        print("{} against {}: win rate {:.3f} [{:.3f}, {:.3f}]".format(run, args.against, *against(run, args.against)))
     plot_goodhart(runs, names, args.out)
     print(f"\nwin rate against KL, a point a checkpoint: {args.out}")
 

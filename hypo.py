@@ -69,7 +69,8 @@ def train(policy, ref, tokenizer, pairs: list[dict], evaluate, args) -> None:
         rejected_logratio = rejected_logps - ref_rejected_logps
         loss = loss_dpo = dpo_loss(chosen_logratio, rejected_logratio, args.beta).mean()
         metrics.update(loss_dpo=loss_dpo.detach(), train_chosen_logratio=chosen_logratio.detach().mean(),
-                       train_rejected_logratio=rejected_logratio.detach().mean(), tokens=lm.count_tokens(batch))
+                       train_rejected_logratio=rejected_logratio.detach().mean(),
+                       tokens=sum(len(pair["chosen"]) + len(pair["rejected"]) for pair in batch))
 
         if args.lam > 0:  # with lam = 0 this is DPO, and samples would be for nothing
             # 4: sample unlabeled online data, k responses to each of the minibatch's prompts
@@ -94,8 +95,8 @@ def train(policy, ref, tokenizer, pairs: list[dict], evaluate, args) -> None:
 def main(argv=None):
     parser = run.parser(__doc__)
     add = parser.add_argument_group("hypo.py").add_argument
-    add("--lam", type=float, default=0.01, help="lambda, the weight of the reverse KL on online samples; 0 is DPO "
-        "(default 0.01)")
+    add("--lam", type=float, default=0.004, help="lambda, the weight of the reverse KL on online samples; 0 is DPO "
+        "(default 0.004)")
     add("--k", type=int, default=2, help="online samples a prompt; 1 is Algorithm 1 as printed, more subtract the "
         "leave-one-out mean (default 2)")
     args = run.parse(parser, argv)

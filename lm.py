@@ -269,9 +269,9 @@ def ref_logps(pairs: list[dict], device) -> tuple[torch.Tensor, torch.Tensor]:
             torch.tensor([pair["ref_rejected"] for pair in pairs], device=device))
 
 
-def count_tokens(pairs: list[dict]) -> int:
-    """Response tokens of both members of the pairs."""
-    return sum(len(pair["chosen"]) + len(pair["rejected"]) for pair in pairs)
+def pair_lengths(pairs: list[dict], device) -> tuple[torch.Tensor, torch.Tensor]:
+    """((B,), (B,)) tokens of the chosen and the rejected responses, EOS included."""
+    return tuple(torch.tensor([len(pair[side]) for pair in pairs], device=device) for side in ("chosen", "rejected"))
 
 
 @torch.no_grad()

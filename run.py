@@ -41,7 +41,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     add("--max-grad-norm", type=float, default=1.0, help="clip the gradient to this norm (default 1)")
     add("--max-new-tokens", type=int, default=24, help="longest response, in tokens (default 24)")
     add("--eval-every", type=int, default=50, help="evaluate and checkpoint every this many steps (default 50)")
-    add("--eval-samples", type=int, default=512, help="responses sampled in an evaluation (default 512)")
+    add("--eval-samples", type=int, help="responses sampled in an evaluation (default 512 for tiny, else 64)")
     add("--seed", type=int, default=0, help="decides everything random: pairs, their order, samples (default 0)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ... "
         "(default: cuda if there is one)")
@@ -55,6 +55,8 @@ def parser(doc: str) -> argparse.ArgumentParser:
 def parse(p: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
     """Parsed and checked arguments."""
     args = p.parse_args(argv)
+    if args.eval_samples is None:
+        args.eval_samples = 512 if args.model == "tiny" else 64
     for name in ("pairs", "steps", "batch_size", "beta", "max_grad_norm", "max_new_tokens", "eval_every",
                  "eval_samples"):
         if getattr(args, name) <= 0:

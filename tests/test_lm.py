@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from conftest import random_gpt2
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import lm
+from models import random_gpt2
 
 EOS = 0
 ids = st.lists(st.integers(1, 10), min_size=1, max_size=8)
