@@ -157,13 +157,13 @@ def main(argv=None):
         respond = lm.responder(ref, tokenizer, args.max_new_tokens)
         pairs, prompts, held_out, held_out_prompts = data.load_pairs(
             args.data, args.pairs, respond, tokenizer, args.seed)
-        pairs, held_out = (lm.add_ref_logps(ref, lm.encode_pairs(policy, tokenizer, rows, args.max_new_tokens))
-                           for rows in (pairs, held_out))
+        pairs, held_out = (lm.encode_pairs(policy, tokenizer, rows, args.max_new_tokens) for rows in (pairs, held_out))
         run.prepare(args, args.loss if args.sampling == "offline" else f"{args.sampling} {args.loss}")
         # in the built-in world the golden reward judges the outcome, whoever labels the pairs
         evaluate = evaluator(args, ref, tokenizer, held_out_prompts, held_out,
                              judge if args.data else data.golden_judge)
-        train(policy, ref, tokenizer, pairs if args.sampling == "offline" else None, prompts, judge, evaluate, args)
+        pairs = lm.add_ref_logps(ref, pairs) if args.sampling == "offline" else None
+        train(policy, ref, tokenizer, pairs, prompts, judge, evaluate, args)
         finish(args, policy, tokenizer, run.seconds(args))
 
 

@@ -59,17 +59,17 @@ def load_judge(name: str, device: str = "cpu"):
         raise ValueError(f"--judge {name}: needs a decoder with one label, a reward; this {type(model).__name__} "
                          f"has {model.config.num_labels} labels")
 
+    center = getattr(model.config, "reward_center", 0.0)  # rlhf.py writes both; other models have neither
+    bound = getattr(model.config, "reward_clip", None) or math.inf
+
     @torch.no_grad()
     def judge(prompts: list[str], responses: list[str], batch_size: int = 64) -> list[float]:
-        rewards = []
-        room = lm.context_length(model)
+        rewards, room = [], lm.context_length(model)
         for i in range(0, len(prompts), batch_size):
-            rows = [(lm.encode_prompt(tokenizer, prompt) + lm.encode_response(tokenizer, response, room))[-room:]
-                    for prompt, response in zip(prompts[i:i + batch_size], responses[i:i + batch_size])]
-            ids, mask = lm.pad(rows, "right", device)
-            hidden = model.base_model(ids, attention_mask=mask).last_hidden_state  # (B, T, D)
-            last = mask.sum(1) - 1  # (B,)
-            rewards += model.score(hidden[torch.arange(len(rows)), last]).squeeze(1).tolist()
+            response_ids = [lm.encode_response(tokenizer, text, room - 1) for text in responses[i:i + batch_size]]
+            prompt_ids = [lm.encode_prompt(tokenizer, text)[len(response) - room:]  # a long prompt loses its start
+                          for text, response in zip(prompts[i:i + batch_size], response_ids)]
+            rewards += (lm.final_scores(model, prompt_ids, response_ids) - center).clamp(-bound, bound).tolist()
         return rewards
 
     return judge
@@ -91,11 +91,11 @@ def implicit_reward_metrics(policy, pairs: list[dict]) -> dict:
 def evaluator(args, ref, tokenizer, prompts: list[str], pairs: list[dict], judge):
     """The function evaluate(policy) -> metrics that a training run calls; see README for the glossary.
 
-    prompts: held-out prompt texts, cycled through to args.eval_samples. pairs: held-out, from
-    lm.add_ref_logps. judge: from load_judge; without one (None) win rate and reward are None.
+    prompts: held-out prompt texts, cycled through to args.eval_samples. pairs: held-out, of token ids, the
+    first args.eval_samples are used. judge: from load_judge; without one (None) win rate and reward are None.
     Each call also leaves args.out/responses.jsonl and samples.md, to read while the run goes on.
     """
-    pairs = pairs[:args.eval_samples]
+    pairs = lm.add_ref_logps(ref, pairs[:args.eval_samples])
     prompts = [prompts[i % len(prompts)] for i in range(args.eval_samples)]
     prompt_ids = [lm.encode_prompt(tokenizer, prompt) for prompt in prompts]
 

@@ -110,13 +110,12 @@ def main(argv=None):
         ref = lm.frozen_copy(policy)
         respond = lm.responder(ref, tokenizer, args.max_new_tokens)
         pairs, _, held_out, held_out_prompts = data.load_pairs(args.data, args.pairs, respond, tokenizer, args.seed)
-        pairs, held_out = (lm.add_ref_logps(ref, lm.encode_pairs(policy, tokenizer, rows, args.max_new_tokens))
-                           for rows in (pairs, held_out))
+        pairs, held_out = (lm.encode_pairs(policy, tokenizer, rows, args.max_new_tokens) for rows in (pairs, held_out))
         run.prepare(args, "hypo")
         # in the built-in world the golden reward judges the outcome
         judge = load_judge(args.judge, args.device) if args.data else data.golden_judge
         evaluate = evaluator(args, ref, tokenizer, held_out_prompts, held_out, judge)
-        train(policy, ref, tokenizer, pairs, evaluate, args)
+        train(policy, ref, tokenizer, lm.add_ref_logps(ref, pairs), evaluate, args)
         finish(args, policy, tokenizer, run.seconds(args))
 
 

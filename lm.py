@@ -26,10 +26,18 @@ from pathlib import Path
 import torch
 from huggingface_hub import model_info, try_to_load_from_cache
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()  # its bars for loading a file would break up ours
+transformers_logging.set_verbosity_error()  # a new score head is no news: we make it on purpose
 
 # The built-in model: large enough to write the world's sentences, small enough for a laptop.
 TINY = dict(layers=2, width=64, heads=4, positions=64, sft_steps=400, batch_size=128, lr=4e-3, seed=0)
@@ -43,9 +51,31 @@ def load(name: str, corpus=None, device: str = "cpu"):
 
     corpus: function returning (prompt, response) texts that teach "tiny" to write, on its first use.
     """
+    path = find(name, corpus, device)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model {name}: this does not hold a causal language model that transformers can "
+                         f"load ({str(error).splitlines()[0]})") from None
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"--model {name}: its tokenizer has no EOS token, so a response could not end")
+    return model.eval().to(device), tokenizer
+
+
+def load_scorer(name: str, corpus=None, device: str = "cpu"):
+    """The network of the language model `name` with one score in place of the vocabulary, zero at first."""
+    scorer = AutoModelForSequenceClassification.from_pretrained(
+        find(name, corpus, device), num_labels=1, dtype=torch.float32)
+    torch.nn.init.zeros_(scorer.score.weight)
+    return scorer.eval().to(device)
+
+
+def find(name: str, corpus=None, device: str = "cpu") -> str:
+    """What from_pretrained can load for `name`; ValueError at once if the hub does not have it."""
     if name == "tiny":
         torch.set_num_threads(1)  # too small to share: on a busy machine a second thread only makes it wait
-        name = str(tiny_directory(corpus(), device))
+        return str(tiny_directory(corpus(), device))
     if not Path(name).is_dir() and not isinstance(try_to_load_from_cache(name, "config.json"), str):
         try:  # from_pretrained would retry for a minute before it says that there is no hub
             model_info(name, timeout=10)
@@ -53,15 +83,7 @@ def load(name: str, corpus=None, device: str = "cpu"):
             raise ValueError(f"--model {name}: not a directory here, and the model hub did not give it "
                              f"({str(error).splitlines()[0]}); name a transformers directory on this machine "
                              "instead: --model DIR") from None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--model {name}: this does not hold a causal language model that transformers can "
-                         f"load ({str(error).splitlines()[0]})") from None
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"--model {name}: its tokenizer has no EOS token, so a response could not end")
-    return model.eval().to(device), tokenizer
+    return name
 
 
 def frozen_copy(model):
@@ -209,22 +231,49 @@ def pad(rows: list[list[int]], side: str, device) -> tuple[torch.Tensor, torch.T
             torch.tensor([glue(gap, one) for gap, one in zip(fill, ones)], device=device))
 
 
+def lay_out(prompts: list[list[int]], responses: list[list[int]], device):
+    """(input ids (B, P + T), attention mask (B, P + T), positions (B, P + T), response mask (B, T)).
+
+    A token's position does not count padding.
+    """
+    prompt_ids, prompt_mask = pad(prompts, "left", device)
+    response_ids, response_mask = pad(responses, "right", device)
+    attention_mask = torch.cat([prompt_mask, response_mask], dim=1)
+    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    return torch.cat([prompt_ids, response_ids], dim=1), attention_mask, positions, response_mask.bool()
+
+
 def response_logits(model, prompts: list[list[int]], responses: list[list[int]]):
     """(logits (B, T, V), ids (B, T), mask (B, T)): logits[:, t] predicts ids[:, t]; T is the longest response.
 
     Logits are at least float32, whatever the model computes in.
     """
-    prompt_ids, prompt_mask = pad(prompts, "left", model.device)
-    ids, mask = pad(responses, "right", model.device)
-    attention_mask = torch.cat([prompt_mask, mask], dim=1)  # (B, P + T)
-    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # a token's position does not count padding
-    with eval_mode(model):
-        logits = model(
-            torch.cat([prompt_ids, ids], dim=1)[:, :-1],  # the last token predicts nothing
-            attention_mask=attention_mask[:, :-1], position_ids=positions[:, :-1],
-            logits_to_keep=ids.shape[1], use_cache=False,
-        ).logits
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)), ids, mask.bool()
+    ids, attention_mask, positions, mask = lay_out(prompts, responses, model.device)
+    T = mask.shape[1]
+    with eval_mode(model):  # the last token predicts nothing
+        logits = model(ids[:, :-1], attention_mask=attention_mask[:, :-1], position_ids=positions[:, :-1],
+                       logits_to_keep=T, use_cache=False).logits
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)), ids[:, -T:], mask
+
+
+def scores(scorer, prompts: list[list[int]], responses: list[list[int]]):
+    """(scores (B, T + 1), mask (B, T)): the score after the prompt, after y_1, ..., after y_T.
+
+    scorer: a sequence-classification model with one label. Its score of the whole text is the one after the
+    response's last token, found by length: `scores[range(B), mask.sum(1)]`. As a value function its value
+    of the state before token t is `scores[:, t]`.
+    """
+    ids, attention_mask, positions, mask = lay_out(prompts, responses, scorer.device)
+    with eval_mode(scorer):
+        hidden = scorer.base_model(ids, attention_mask=attention_mask, position_ids=positions,
+                                   use_cache=False).last_hidden_state  # (B, P + T, D)
+        return scorer.score(hidden[:, -mask.shape[1] - 1:]).squeeze(-1).float(), mask
+
+
+def final_scores(scorer, prompts: list[list[int]], responses: list[list[int]]) -> torch.Tensor:
+    """(B,) the scorer's score of prompt + response, read at the response's last token."""
+    after, mask = scores(scorer, prompts, responses)
+    return after.gather(1, mask.sum(1, keepdim=True)).squeeze(1)
 
 
 def token_logps(model, prompts: list[list[int]], responses: list[list[int]]):
@@ -312,7 +361,7 @@ def sample(model, prompts: list[list[int]], max_new_tokens: int, eos_id: int, ge
 def _sample_batch(model, prompts, max_new_tokens, eos_id, generator, temperature) -> list[list[int]]:
     """Rows of tokens, of equal length: what follows a row's first EOS has no meaning."""
     ids, attention_mask = pad(prompts, "left", model.device)
-    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (B, P)
     alive = torch.ones(len(prompts), dtype=torch.bool, device=model.device)
     cache, tokens = None, []
     with eval_mode(model):

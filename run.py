@@ -52,14 +52,14 @@ def parser(doc: str) -> argparse.ArgumentParser:
     return p
 
 
-def parse(p: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
+def parse(p: argparse.ArgumentParser, argv=None, may_be_zero=()) -> argparse.Namespace:
     """Parsed and checked arguments."""
     args = p.parse_args(argv)
     if args.eval_samples is None:
         args.eval_samples = 512 if args.model == "tiny" else 64
     for name in ("pairs", "steps", "batch_size", "beta", "max_grad_norm", "max_new_tokens", "eval_every",
                  "eval_samples"):
-        if getattr(args, name) <= 0:
+        if getattr(args, name) <= 0 and name not in may_be_zero:
             p.error(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
     if args.lr is None:
         args.lr = 5e-4 if args.model == "tiny" else 1e-5
@@ -194,8 +194,7 @@ def loop(args, policy, optimizer, evaluate):
     if step:  # drop the lines of steps that the interrupted run took after its last checkpoint
         lines = log.read_text(encoding="utf-8").splitlines()
         write_text(log, "".join(line + "\n" for line in lines[:step + 1]))
-        measured = [json.loads(line) for line in lines[:step + 1]]
-        shown = next(line for line in reversed(measured) if "reverse_kl" in line)
+        shown = json.loads(lines[step])  # the last evaluation: a checkpoint follows each
     else:
         shown = {"step": 0, **evaluate(policy)}
         write_text(log, json.dumps(shown) + "\n")
@@ -223,14 +222,18 @@ def loop(args, policy, optimizer, evaluate):
 
 def postfix(line: dict) -> str:
     """What the progress bar shows: the step's loss, and the last measured win rate and KL."""
-    shown = {"loss": "loss {:.3f}", "win_rate": "win {:.2f}", "reverse_kl": "KL {:.1f} nats"}
+    shown = {"loss": "loss {:.3f}", "win_rate": "win {:.2f}", "reverse_kl": "KL {:.1f} nats",
+             "reward_accuracy": "accuracy {:.2f}"}
     return ", ".join(form.format(line[key]) for key, form in shown.items() if line.get(key) is not None)
 
 
-def update(policy, optimizer, loss, args) -> torch.Tensor:
-    """One gradient step on the loss; returns the gradient's norm before clipping."""
+def update(policy, optimizer, loss, args, *others) -> torch.Tensor:
+    """One step down the gradient of the loss; returns the norm of the policy's gradient before clipping.
+
+    others: models that the optimizer trains beside the policy, each clipped on its own.
+    """
     optimizer.zero_grad()
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+    norm, *_ = [torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm) for model in (policy, *others)]
     optimizer.step()
     return norm

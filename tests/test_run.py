@@ -64,7 +64,7 @@ def test_hypo_with_lam_0_is_dpo_to_the_byte(model_dir, uninterrupted, tmp_path):
 VICTIM = """
 import os, signal, sys
 import torch
-import dpo, hypo, lm, run
+import dpo, hypo, lm, rlhf, run
 
 torch.set_num_threads(1)
 program, where, n = sys.argv[1], sys.argv[2], int(sys.argv[3])
@@ -99,7 +99,7 @@ elif where == "just before the checkpoint's rename":
     run.os.fsync = die_at_call_n(os.fsync)
 elif where == "half-written policy":
     lm.shutil.rmtree = die_at_call_n(lm.shutil.rmtree)
-{"hypo": hypo, "dpo": dpo}[program].main(sys.argv[4:])
+{"hypo": hypo, "dpo": dpo, "rlhf": rlhf}[program].main(sys.argv[4:])
 """
 
 MOMENTS = {  # name -> (where, call, steps that survive)
