@@ -54,7 +54,8 @@ def load_judge(name: str, device: str = "cpu"):
     if not Path(name).is_dir():
         raise ValueError(f"--judge {name}: neither 'golden' nor a directory with a sequence-classification model")
     tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32).eval().to(device)
+    model = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
+    model.eval().to(device)
     if model.config.num_labels != 1 or not hasattr(model, "score"):
         raise ValueError(f"--judge {name}: needs a decoder with one label, a reward; this {type(model).__name__} "
                          f"has {model.config.num_labels} labels")
@@ -238,19 +239,25 @@ def plot_goodhart(runs: dict[str, list[dict]], names: dict[str, str], path) -> N
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    ends = {}  # label -> ends of its lines: runs of one algorithm share a label
     for run, lines in runs.items():
         points = [line for line in lines if line.get("win_rate") is not None]
         x, y = [line["reverse_kl"] for line in points], [line["win_rate"] for line in points]
-        color = COLORS.get(names[run], "black")
-        axis.plot(x, y, color=color, marker="o", markersize=3, lw=1.2)
-        axis.annotate(Path(run).name, (x[-1], y[-1]), color=color, fontsize=9, xytext=(5, 0),
-                      textcoords="offset points", va="center")
+        alone = list(names.values()).count(names[run]) == 1
+        axis.plot(x, y, color=COLORS.get(names[run], "black"), marker="o", markersize=3, lw=1.2,
+                  alpha=1.0 if alone else 0.5)
+        ends.setdefault((Path(run).name if alone else names[run], names[run]), []).append((y[-1], x[-1]))
+    for (label, name), points in ends.items():
+        y, x = max(points)
+        axis.annotate(label, (x, y), color=COLORS.get(name, "black"), fontsize=10, xytext=(6, 4),
+                      textcoords="offset points", weight="bold")
     axis.axhline(0.5, color="gray", lw=0.8, ls=":")
-    axis.set_xlabel("KL(policy || pi_ref), nats a sequence")
-    axis.set_ylabel("win rate against pi_ref")
-    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_xscale("function", functions=(lambda x: abs(x) ** 0.5, lambda x: x**2))
     axis.margins(x=0.15)
     axis.set_xlim(left=0)
+    axis.set_xlabel("KL(policy || pi_ref), nats a sequence (square-root scale)")
+    axis.set_ylabel("win rate against pi_ref")
+    axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

@@ -51,10 +51,10 @@ def load(name: str, corpus=None, device: str = "cpu"):
 
     corpus: function returning (prompt, response) texts that teach "tiny" to write, on its first use.
     """
-    path = find(name, corpus, device)
+    path = resolve(name, corpus, device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"--model {name}: this does not hold a causal language model that transformers can "
                          f"load ({str(error).splitlines()[0]})") from None
@@ -66,12 +66,12 @@ def load(name: str, corpus=None, device: str = "cpu"):
 def load_scorer(name: str, corpus=None, device: str = "cpu"):
     """The network of the language model `name` with one score in place of the vocabulary, zero at first."""
     scorer = AutoModelForSequenceClassification.from_pretrained(
-        find(name, corpus, device), num_labels=1, dtype=torch.float32)
+        resolve(name, corpus, device), num_labels=1, dtype=torch.float32, use_safetensors=True)
     torch.nn.init.zeros_(scorer.score.weight)
     return scorer.eval().to(device)
 
 
-def find(name: str, corpus=None, device: str = "cpu") -> str:
+def resolve(name: str, corpus=None, device: str = "cpu") -> str:
     """What from_pretrained can load for `name`; ValueError at once if the hub does not have it."""
     if name == "tiny":
         torch.set_num_threads(1)  # too small to share: on a busy machine a second thread only makes it wait

@@ -264,8 +264,8 @@ def add_arguments(parser) -> None:
     add = parser.add_argument_group("rlhf.py").add_argument
     add("--stage", choices=["both", "reward", "ppo"], default="both", help="train the reward model, or the policy on "
         "the reward model in --out, or one after the other (default both)")
-    add("--reward-epochs", type=float, default=4, help="passes of the reward model over the pairs (default 4)")
-    add("--reward-lr", type=float, help="learning rate of the reward model (default: --lr)")
+    add("--reward-epochs", type=float, default=8, help="passes of the reward model over the pairs (default 8)")
+    add("--reward-lr", type=float, help="learning rate of the reward model (default: twice --lr)")
     add("--weight-decay", type=float, default=0.1, help="AdamW's weight decay of the reward model (default 0.1)")
     add("--reward-clip", type=float, help="R': keep the learned reward within +-R', so that the optimum's KL is at "
         "most 2R'/beta (default: not clipped)")
@@ -274,7 +274,7 @@ def add_arguments(parser) -> None:
     add("--clip", type=float, default=0.2, help="c of PPO: how far the ratio may go (default 0.2)")
     add("--value-clip", type=float, default=0.5, help="how far a value may go in a step (default 0.5)")
     add("--value-lr", type=float, help="learning rate of the value function (default: twice --lr)")
-    add("--epochs", type=int, default=4, help="PPO's passes over a step's responses (default 4)")
+    add("--epochs", type=int, default=2, help="PPO's passes over a step's responses (default 2)")
     add("--minibatches", type=int, default=1, help="minibatches in a pass (default 1)")
     add("--target-kl", type=float, help="adapt beta until the KL is this, nats a sequence (default: beta is fixed)")
     add("--rloo", action="store_true", help="no critic: REINFORCE, baseline the prompt's other samples")
@@ -302,13 +302,13 @@ def stage_1(args, ref, tokenizer, respond, pairs, prompts, held_out, held_out_te
 def main(argv=None):
     parser = run.parser(__doc__)
     add_arguments(parser)
-    parser.set_defaults(judge="reward")
+    parser.set_defaults(judge="reward", steps=120, eval_every=20)
     args = run.parse(parser, argv, may_be_zero=("beta",))
     if args.beta < 0:
         parser.error(f"--beta must not be negative, got {args.beta}")
     if args.rloo and args.k < 2:
         parser.error(f"--rloo needs --k of at least 2, got {args.k}")
-    args.reward_lr = args.reward_lr or args.lr
+    args.reward_lr = args.reward_lr or 2 * args.lr
     args.value_lr = args.value_lr or 2 * args.lr
 
     with run.precision(args):

@@ -34,13 +34,14 @@ def parser(doc: str) -> argparse.ArgumentParser:
         "chosen, rejected, or from a hub data set with those fields; a tenth of the prompts is held out")
     add("--judge", help="who judges responses: golden (the built-in world's true reward), or the directory of a "
         "one-label sequence-classification model (default golden; with --data none)")
-    add("--steps", type=int, default=400, help="optimizer steps (default 400)")
+    add("--steps", type=int, default=400, help="optimizer steps (default 400; rlhf.py 120)")
     add("--batch-size", type=int, default=64, help="preference pairs in a step (default 64)")
     add("--lr", type=float, help="learning rate of AdamW, constant (default 5e-4 for tiny, else 1e-5)")
     add("--beta", type=float, default=0.1, help="temperature: the larger, the closer to pi_ref (default 0.1)")
     add("--max-grad-norm", type=float, default=1.0, help="clip the gradient to this norm (default 1)")
     add("--max-new-tokens", type=int, default=24, help="longest response, in tokens (default 24)")
-    add("--eval-every", type=int, default=50, help="evaluate and checkpoint every this many steps (default 50)")
+    add("--eval-every", type=int, default=50, help="evaluate and checkpoint every this many steps "
+        "(default 50; rlhf.py 20)")
     add("--eval-samples", type=int, help="responses sampled in an evaluation (default 512 for tiny, else 64)")
     add("--seed", type=int, default=0, help="decides everything random: pairs, their order, samples (default 0)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ... "
@@ -235,5 +236,7 @@ def update(policy, optimizer, loss, args, *others) -> torch.Tensor:
     optimizer.zero_grad()
     loss.backward()
     norm, *_ = [torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm) for model in (policy, *others)]
+    if not norm.isfinite():
+        raise ValueError(f"the gradient is {norm.item()}: training has diverged; lower --lr, or raise --beta")
     optimizer.step()
     return norm

@@ -11,12 +11,13 @@ import data
 import dpo
 import eval  # noqa: A004  only to reach its main; elsewhere always `from eval import ...`
 import hypo
+import rlhf
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FENCES = re.findall(r"^```(?:sh|bash)\n(.*?)^```", README, flags=re.M | re.S)
 COMMANDS = [command.split(" #")[0].strip() for fence in FENCES for command in fence.splitlines()]
-PROGRAMS = {"hypo.py": hypo.main, "dpo.py": dpo.main, "eval.py": eval.main, "data.py": data.main}
+PROGRAMS = {"hypo.py": hypo.main, "dpo.py": dpo.main, "rlhf.py": rlhf.main, "eval.py": eval.main, "data.py": data.main}
 
 # DESIGN: an arrow means "imports"; none runs back, and coverage is a leaf
 ARROWS = {
@@ -69,7 +70,7 @@ def test_every_metric_of_a_run_is_in_the_glossary():
     assert not {name for name in written if f"`{name}`" not in glossary}
 
 
-@pytest.mark.parametrize("path", ROOT.glob("*.py"), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.name)
 def test_imports_follow_the_arrows_of_the_house(path):
     if path.name == "conftest.py":
         return
