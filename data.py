@@ -137,8 +137,8 @@ def collect_pairs(respond, prompts: list[str], n: int, seed: int, judge=golden_j
     judge:   function (prompts, responses) -> rewards; P(a beats b) = sigmoid(r(a) - r(b)).
     A pair keeps its token ids, for a sampled text may tokenise otherwise. Equal texts are drawn again.
     """
-    rng, pairs, draw = random.Random(seed), [], 0
-    while len(pairs) < n:
+    rng, pairs = random.Random(seed), []
+    for draw in range(100):
         asked = rng.choices(prompts, k=n - len(pairs))
         texts, ids = respond(asked * 2, 1000 * seed + draw)  # every refill draws from a stream of its own
         rewards = judge(asked * 2, texts)
@@ -149,11 +149,10 @@ def collect_pairs(respond, prompts: list[str], n: int, seed: int, judge=golden_j
             if texts[i] != texts[j]:
                 pairs.append({"prompt": prompt, "chosen": texts[i], "rejected": texts[j],
                               "chosen_ids": ids[i], "rejected_ids": ids[j]})
-        draw += 1
-        if draw == 100:
-            raise ValueError(f"only {len(pairs)} of {n} pairs in 100 draws: the policy gives nearly always "
-                             "the same response, so there is nothing to compare")
-    return pairs
+        if len(pairs) == n:
+            return pairs
+    raise ValueError(f"only {len(pairs)} of {n} pairs in 100 draws: the policy gives nearly always the same "
+                     "response, so there is nothing to compare")
 
 
 def load_pairs(source: str | None, n: int, respond, tokenizer, seed: int) -> tuple[list, list, list, list]:
@@ -194,7 +193,8 @@ def write_jsonl(path, rows: list[dict]) -> None:
 
 def read_rows(path) -> list[dict]:
     """What write_jsonl wrote."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    with open(path, encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def read_jsonl(path, tokenizer=None) -> list[dict]:
@@ -205,12 +205,15 @@ def read_jsonl(path, tokenizer=None) -> list[dict]:
     Raises ValueError naming the file, the line and the field.
     """
     pairs = []
-    with open(path, encoding="utf-8") as lines:
+    with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}:{number}: not UTF-8 text ({error.reason} at byte {error.start}); "
+                                 "save the file as UTF-8") from None
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno}); "
                                  "each line must be one JSON object") from None
@@ -231,7 +234,7 @@ def read_hub(name: str, tokenizer=None) -> list[dict]:
         rows = datasets.load_dataset(name, split="train")
     except Exception as error:  # the library raises many kinds; all mean that there are no rows
         raise ValueError(f"--data {name}: there is no such file, and the hub did not give such a data set "
-                         f"({type(error).__name__}: {str(error).splitlines()[0]})") from None
+                         f"({type(error).__name__}: {str(error).partition(chr(10))[0]})") from None
     return [check_pair(row, f"{name}: row {i}", tokenizer) for i, row in enumerate(rows)]
 
 

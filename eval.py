@@ -201,26 +201,35 @@ def table(rows: list[dict]) -> str:
 
 
 def plot_curve(out, summary: dict, lines: list[dict]) -> None:
-    """curve.png of one run: win rate and reverse KL against the step."""
+    """curve.png of one run: win rate and reverse KL against the step; where a reward is learned, also both rewards."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     points = [line for line in lines if "reverse_kl" in line]
     steps = [line["step"] for line in points]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     color = COLORS.get(summary["algorithm"], "black")
-    if summary["win_rate"] is not None:
-        left.plot(steps, [line["win_rate"] for line in points], color=color, marker="o", markersize=3)
-        left.fill_between(steps, *zip(*(line["win_rate_ci"] for line in points)), color=color, alpha=0.15, lw=0)
-        left.axhline(0.5, color="gray", lw=0.8, ls=":")
-        left.set_ylabel("win rate against pi_ref")
+    has_proxy = "proxy_reward" in lines[-1] and summary["golden_reward"] is not None
+    figure, axes = plt.subplots(1, 2 + has_proxy, figsize=(4.5 * (2 + has_proxy), 3.4), layout="constrained")
+
+    def draw(axis, name, label):
+        axis.plot(steps, [line[name] for line in points], color=color, marker="o", markersize=3)
+        axis.set_ylabel(label)
+
+    if summary["win_rate"] is None:
+        draw(axes[0], "accuracy", "accuracy on held-out pairs")
     else:
-        left.plot(steps, [line["accuracy"] for line in points], color=color, marker="o", markersize=3)
-        left.set_ylabel("accuracy on held-out pairs")
-    right.plot(steps, [line["reverse_kl"] for line in points], color=color, marker="o", markersize=3)
-    right.set_ylabel("KL(policy || pi_ref), nats a sequence")
-    for axis in (left, right):
+        draw(axes[0], "win_rate", "win rate against pi_ref")
+        axes[0].fill_between(steps, *zip(*(line["win_rate_ci"] for line in points)), color=color, alpha=0.15, lw=0)
+        axes[0].axhline(0.5, color="gray", lw=0.8, ls=":")
+    draw(axes[1], "reverse_kl", "KL(policy || pi_ref), nats a sequence")
+    if has_proxy:
+        draw(axes[2], "golden_reward", "mean reward")
+        learned = [line["proxy_reward"] for line in lines[1:]]
+        axes[2].plot(range(1, len(lines)), learned, color="gray", lw=1)
+        axes[2].annotate("golden", (steps[-1], points[-1]["golden_reward"]), color=color, ha="right", va="bottom")
+        axes[2].annotate("learned", (steps[-1], learned[-1]), color="gray", ha="right", va="bottom")
+    for axis in axes:
         axis.set_xlabel("step")
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{summary['algorithm']} on {summary['model']}, beta {summary['beta']}, seed {summary['seed']}",
@@ -243,6 +252,8 @@ def plot_goodhart(runs: dict[str, list[dict]], names: dict[str, str], path) -> N
     for run, lines in runs.items():
         points = [line for line in lines if line.get("win_rate") is not None]
         x, y = [line["reverse_kl"] for line in points], [line["win_rate"] for line in points]
+        if not points:  # run without a judge: it has no win rate to draw
+            continue
         alone = list(names.values()).count(names[run]) == 1
         axis.plot(x, y, color=COLORS.get(names[run], "black"), marker="o", markersize=3, lw=1.2,
                   alpha=1.0 if alone else 0.5)
@@ -283,8 +294,7 @@ def mean_over_seeds(rows: list[dict]) -> dict:
         variance = sum((row["win_rate"] - mean["win_rate"]) ** 2 for row in rows) / (n - 1)
         half = STUDENT_95.get(n - 1, 1.96) * math.sqrt(variance / n)
         mean["win_rate_ci"] = mean["win_rate"] - half, mean["win_rate"] + half
-    return {**mean, "step": rows[0]["step"], "win_rate_ci": mean.get("win_rate_ci"),
-            "run": f"{rows[0]['name']}, mean of {n} seeds"}
+    return {**rows[0], **mean, "step": rows[0]["step"], "run": f"{rows[0]['name']}, mean of {n} seeds"}
 
 
 def main(argv=None):

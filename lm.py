@@ -57,7 +57,7 @@ def load(name: str, corpus=None, device: str = "cpu"):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"--model {name}: this does not hold a causal language model that transformers can "
-                         f"load ({str(error).splitlines()[0]})") from None
+                         f"load ({str(error).partition(chr(10))[0]})") from None
     if tokenizer.eos_token_id is None:
         raise ValueError(f"--model {name}: its tokenizer has no EOS token, so a response could not end")
     return model.eval().to(device), tokenizer
@@ -81,7 +81,7 @@ def resolve(name: str, corpus=None, device: str = "cpu") -> str:
             model_info(name, timeout=10)
         except Exception as error:  # of many kinds, and each means that the model is not to be had
             raise ValueError(f"--model {name}: not a directory here, and the model hub did not give it "
-                             f"({str(error).splitlines()[0]}); name a transformers directory on this machine "
+                             f"({str(error).partition(chr(10))[0]}); name a transformers directory on this machine "
                              "instead: --model DIR") from None
     return name
 

@@ -62,6 +62,7 @@ def repetition_never_pays(reward, prompt: str, words: list[str], said: int, agai
 
 @given(any_prompt, world_words, st.data())
 def test_repeating_an_opinion_word_anywhere_never_pays(prompt, words, choose):
+    words = [word for word, _ in itertools.groupby(words)]  # a stutter costs, and another word may part it
     opinions = [i for i, word in enumerate(words) if word in VALENCE]
     assume(opinions)
     said = choose.draw(st.sampled_from(opinions))
@@ -70,7 +71,7 @@ def test_repeating_an_opinion_word_anywhere_never_pays(prompt, words, choose):
 
 @pytest.mark.parametrize("word", OPINIONS)
 def test_each_opinion_word_said_twice_costs_one(word):
-    for again in (f" {word} {word}.", f" {word}, and the hero was {word}.", f" {word}. Overall I {word} it."):
+    for again in (f" {word}, and the hero was {word}.", f" {word}. Overall I {word} it.", f" {word}, quite {word}."):
         got = golden_reward("The plot was", again)
         assert got == VALENCE[word] - 1, f"r{again!r} = valence - 1 = {VALENCE[word] - 1}, got {got}"
 
@@ -100,9 +101,10 @@ def test_two_opinions_about_one_aspect_pay_less_than_two_about_two():
 @pytest.mark.parametrize("word", OPINIONS)
 def test_negation_flips_an_opinion_within_its_clause(word, negation):
     value = VALENCE[word]
+    other = NEGATIONS[1 - NEGATIONS.index(negation)]
     cases = [("The plot was", f" {negation} {word}.", -value),
              (f"The plot was {negation}", f" {word}.", -value),  # the prompt may begin the clause
-             ("The plot was", f" {negation} never {word}.", value),
+             ("The plot was", f" {negation} {other} {word}.", value),
              ("The plot was", f" {negation} simple, and the hero was {word}.", value)]  # another clause
     for prompt, response, expected in cases:
         got = golden_reward(prompt, response)
@@ -118,11 +120,26 @@ def test_opinions_in_the_prompt_are_neither_counted_nor_held_against_the_respons
 
 @given(any_prompt, any_text, st.sampled_from(".!?"))
 def test_an_open_end_costs_exactly_one(prompt, text, stop):
-    text = text.rstrip().rstrip(".!?").rstrip()
-    assume(not text.endswith((".", "!", "?")))
+    text += " it"
     closed = golden_reward(prompt, text + stop)
     assume(abs(closed) <= REWARD_BOUND - 1)  # away from the bound, where the clip would hide it
     assert golden_reward(prompt, text) == closed - 1, f"{text!r} closed {closed}, open {golden_reward(prompt, text)}"
+
+
+def test_each_slip_of_the_pen_costs_one_wherever_it_is():
+    clean = " clever, and the hero was good. The villain was really simple."
+    slips = {" clever, and the the hero was good. The villain was really simple.": 1,
+             " clever, and the hero was good. the villain was really simple.": 1,
+             " clever, and the hero was good! the villain was really, really really simple.": 2,
+             " clever, and The hero was good. The villain was REALLY simple.": 0}  # a capital too many is none
+    assert golden_reward("The plot was", clean) == 2
+    for response, cost in slips.items():
+        got = golden_reward("The plot was", response)
+        assert got == 2 - cost, f"r{response!r}: expected 2 - {cost}, got {got}"
+
+
+def test_slips_in_the_prompt_cost_nothing():
+    assert golden_reward("the the plot plot. it was", " clever.") == golden_reward("It was", " clever.") == 1
 
 
 def test_the_judge_is_the_reward_of_each_row():
@@ -140,9 +157,9 @@ def test_world_prompts_are_640_distinct_and_split_disjointly_and_always_alike():
     assert (len(train), len(held_out), len({*train, *held_out})) == (512, 128, 640)
     random.seed(1)  # nobody else's random state moves the split
     assert world_prompts() == (train, held_out)
-    for kind in (ASPECTS, VERBS):  # an unlucky split could hold out a whole word
-        unseen = [word for word in kind if not any(word in prompt.split() for prompt in train)]
-        assert not unseen, f"never trained on: {unseen}"
+    frames = [frame.format("").strip() for frame in data.FRAMES]
+    for part, word in itertools.product((train, held_out), [*frames, *ASPECTS, *VERBS]):
+        assert any(word in prompt for prompt in part), f"a split at random leaves {word!r} in both parts"
 
 
 def test_sft_teaches_training_prompts_alone_and_whole_sentences():
@@ -242,7 +259,6 @@ def test_a_policy_with_one_response_is_refused_with_the_reason():
         data.collect_pairs(sampler(" superb."), ["The plot was"], 8, seed=0)
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="collect_pairs raises although the last draw filled it up")
 def test_the_hundredth_draw_still_counts():
     def respond(prompts, seed):
         return (halves("a", "b") if seed % 1000 == 99 else halves("a", "a"))(prompts, seed)
@@ -318,7 +334,6 @@ def test_a_file_without_rows_is_named(tmp_path, content):
         read_jsonl(path)
 
 
-@pytest.mark.xfail(strict=True, reason="read_jsonl names no file when it is not UTF-8")
 def test_a_file_that_is_not_utf_8_is_named(tmp_path):
     path = tmp_path / "latin.jsonl"
     path.write_bytes('{"prompt": "a", "chosen": " café", "rejected": " c"}\n'.encode("latin-1"))
@@ -348,7 +363,6 @@ def test_pairs_written_are_pairs_read(folder, rows):
 values = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=12)
 
 
-@pytest.mark.xfail(strict=True, reason="read_rows splits lines at U+0085, U+2028, U+2029, which JSON leaves in a text")
 @given(st.lists(st.dictionaries(st.text(max_size=5), values | st.lists(values, max_size=3), max_size=3), max_size=4))
 @example([{"response": "a\u2028b"}])
 @example([{"response": "a\x85b"}])
@@ -414,6 +428,10 @@ def test_a_file_with_one_prompt_cannot_be_split(tmp_path):
         data.load_pairs(str(path), 400, None, None, seed=0)
 
 
+def fake_hub(monkeypatch, load_dataset):
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+
+
 # ---------------------------------------------------------------------------------------------------
 # conversations
 
@@ -435,6 +453,16 @@ def test_a_conversation_becomes_prompt_and_response(tmp_path):
     assert read_jsonl(path, chat_tokenizer()) == [{
         "prompt": "<system>Be brief.<eos>\n<user>Was it good?<eos>\n<assistant>",
         "chosen": "Superb.", "rejected": "Dull, I fear.", "where": f"{path}:1"}]
+
+
+def test_a_data_set_of_conversations_loads_from_a_file_and_from_the_hub(tmp_path, monkeypatch):
+    talks = [{**TALK, "prompt": [{"role": "user", "content": f"Question {i}?"}]} for i in range(3)]
+    path = write_lines(tmp_path / "talks.jsonl", *talks)
+    fake_hub(monkeypatch, lambda name, split: talks)
+    for source in (str(path), "some/talks"):
+        pairs, prompts, held_out, held_out_prompts = data.load_pairs(source, 400, None, chat_tokenizer(), seed=0)
+        assert sorted(prompts + held_out_prompts) == [f"<user>Question {i}?<eos>\n<assistant>" for i in range(3)]
+        assert {pair["chosen"] for pair in pairs + held_out} == {"Superb."}
 
 
 content = st.text(min_size=1, max_size=12).filter(lambda text: text.strip() and "<eos>" not in text)
@@ -496,10 +524,6 @@ def test_without_the_reader_the_hub_error_says_what_to_install(monkeypatch):
         data.load_pairs("no/such.jsonl", 400, None, None, seed=0)
 
 
-def fake_hub(monkeypatch, load_dataset):
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-
-
 def test_a_hub_data_set_is_read_from_its_split_train_and_checked(monkeypatch):
     rows, asked = [{**GOOD, "prompt": f"prompt {i}"} for i in range(4)], []
     fake_hub(monkeypatch, lambda name, split: asked.append((name, split)) or rows)
@@ -515,8 +539,7 @@ def test_a_hub_data_set_is_read_from_its_split_train_and_checked(monkeypatch):
 
 @pytest.mark.parametrize("error, shown", [
     (FileNotFoundError("no data set some/pairs\nsecond line"), "FileNotFoundError: no data set some/pairs"),
-    pytest.param(TimeoutError(), "TimeoutError", marks=pytest.mark.xfail(
-        strict=True, raises=IndexError, reason="read_hub takes the first line of a message that has none")),
+    (TimeoutError(), "TimeoutError"),
 ])
 def test_what_the_hub_says_is_passed_on_in_one_line(monkeypatch, error, shown):
     def load_dataset(name, split):

@@ -15,12 +15,14 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadMo
 import data
 import lm
 from eval import (
+    STUDENT_95,
     against,
     evaluator,
     finish,
     implicit_reward_metrics,
     load_judge,
     main,
+    mean_over_seeds,
     plot_curve,
     plot_goodhart,
     read_metrics,
@@ -113,8 +115,9 @@ def test_the_coverage_law_has_teeth():
 # a policy of vocabulary 12 with random weights, and labelled pairs
 
 PROMPTS = ["The plot was", "The acting felt", "The plot felt"]
-PAIRS = [dict(zip(("prompt", "chosen", "rejected"), (PROMPTS[i % 3], *texts))) for i, texts in enumerate(
-    itertools.permutations([" superb.", " dull.", " never dull.", " superb superb dull", " plot."], 2))]
+TEXTS = [" superb.", " dull.", " never dull.", " superb superb dull", " plot."]
+PAIRS = [{"prompt": PROMPTS[i % 3], "chosen": chosen, "rejected": rejected}
+         for i, (chosen, rejected) in enumerate(itertools.combinations(TEXTS, 2))][:9]  # odd: accuracy is not 1/2
 
 
 def random_model(kind, seed: int, vocab_size: int, **settings):
@@ -178,9 +181,7 @@ def test_accuracy_and_log_ratios_are_those_of_the_pairs_one_by_one(policy, ref, 
 
 
 def test_turning_labels_round_turns_accuracy_round(policy, pairs):
-    some = pairs[:7]  # an odd number: their accuracy cannot be 1/2
-    straight, turned = implicit_reward_metrics(policy, some), implicit_reward_metrics(policy, swapped(some))
-    assert straight["accuracy"] != 0.5
+    straight, turned = implicit_reward_metrics(policy, pairs), implicit_reward_metrics(policy, swapped(pairs))
     assert turned["accuracy"] == pytest.approx(1 - straight["accuracy"], abs=1e-6)
     assert turned["chosen_logratio"] == pytest.approx(straight["rejected_logratio"], abs=1e-5)
 
@@ -206,6 +207,8 @@ def test_at_step_0_every_kl_and_log_ratio_is_exactly_0(device, tmp_path, ref, to
     assert measured == {"reverse_kl": 0.0, "accuracy": 0.5, "chosen_logratio": 0.0, "rejected_logratio": 0.0}
     low, high = metrics["win_rate_ci"]
     assert low < 0.5 < high, f"pi_ref against itself: 1/2 in [{low}, {high}]"
+    rows = data.read_rows(tmp_path / "responses.jsonl")
+    assert [row["response"] for row in rows] != [row["ref_response"] for row in rows], "samples of their own, not ties"
 
 
 def test_metrics_are_those_of_the_files_that_an_evaluation_leaves(tmp_path, policy, ref, tokenizer, pairs):
@@ -258,10 +261,15 @@ def test_without_a_judge_there_is_no_win_rate_but_the_rest_is_the_same(tmp_path,
 
 
 def test_another_judge_decides_and_its_reward_has_its_own_name(tmp_path, policy, ref, tokenizer, pairs):
-    shortest = lambda prompts, responses: [-float(len(response)) for response in responses]  # noqa: E731
-    metrics = evaluation(tmp_path, ref, tokenizer, pairs, judge=shortest)(policy)
+    def judge(prompts, responses):  # of both texts, so that a response judged with another's prompt is noticed
+        return [float(len(prompt) - len(response)) for prompt, response in zip(prompts, responses, strict=True)]
+
+    metrics = evaluation(tmp_path, ref, tokenizer, pairs, judge=judge)(policy)
     rows = data.read_rows(tmp_path / "responses.jsonl")
-    assert metrics["judge_reward"] == pytest.approx(-sum(len(row["response"]) for row in rows) / len(rows))
+    for row in rows:
+        assert row["reward"] == len(row["prompt"]) - len(row["response"])
+        assert row["ref_reward"] == len(row["prompt"]) - len(row["ref_response"])
+    assert metrics["judge_reward"] == pytest.approx(sum(row["reward"] for row in rows) / len(rows))
     assert "golden_reward" not in metrics
 
 
@@ -286,28 +294,28 @@ def direct_scores(judge_dir, tokenizer, prompt: str, response: str) -> torch.Ten
         return model.score(model.transformer(ids).last_hidden_state)[0, :, 0]
 
 
-TEXTS = [("The plot was", " superb."), ("The plot was", " never dull. The acting felt superb superb plot dull."),
+JUDGED = [("The plot was", " superb."), ("The plot was", " never dull. The acting felt superb superb plot dull."),
          ("plot", "."), ("The acting felt", "")]
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_judge_scores_a_text_at_its_last_token_whoever_shares_the_batch(device, judge_dir, tokenizer):
     judge = load_judge(str(judge_dir), device)
-    together = judge(*zip(*TEXTS))
-    for (prompt, response), score in zip(TEXTS, together):
+    together = judge(*zip(*JUDGED))
+    for (prompt, response), score in zip(JUDGED, together):
         direct = direct_scores(judge_dir, tokenizer, prompt, response)
         assert score == pytest.approx(direct[-1].item(), abs=1e-4), f"{prompt + response!r}: last of {direct}"
         assert score == pytest.approx(judge([prompt], [response])[0], abs=1e-4), "alone and in company"
         assert abs(direct[-1] - direct[-2]) > 1e-2, "the law would not notice a score read one token early"
-    assert judge(*zip(*TEXTS[::-1])) == pytest.approx(together[::-1], abs=1e-4)
-    many = judge(*zip(*TEXTS * 20))  # more than one batch
+    assert judge(*zip(*JUDGED[::-1])) == pytest.approx(together[::-1], abs=1e-4)
+    many = judge(*zip(*JUDGED * 20))  # more than one batch
     assert many == pytest.approx(together * 20, abs=1e-4)
 
 
 def test_transformers_own_pooling_reads_the_wrong_token_when_pad_is_eos(judge_dir, tokenizer):
     """Why the judge finds the last token by length: a search by pad id stops before the EOS."""
     model = GPT2ForSequenceClassification.from_pretrained(judge_dir).eval()
-    prompt, response = TEXTS[0]
+    prompt, response = JUDGED[0]
     ids = torch.tensor([tokenizer.encode(prompt + response) + [tokenizer.eos_token_id]])
     scores = direct_scores(judge_dir, tokenizer, prompt, response)
     with torch.no_grad():
@@ -319,6 +327,18 @@ def test_a_judge_reads_the_end_of_a_text_longer_than_its_context(judge_dir, toke
     prompt, response = "The plot was superb" * 20, " never dull."
     score = load_judge(str(judge_dir))([prompt], [response])[0]
     assert score == pytest.approx(direct_scores(judge_dir, tokenizer, prompt, response)[-1].item(), abs=1e-4)
+
+
+def test_a_judge_subtracts_its_center_and_clips_what_is_left(judge_dir, tokenizer, tmp_path):
+    """rlhf.py writes both into the reward model's configuration, so that its rewards lie in [-bound, bound]."""
+    plain = load_judge(str(judge_dir))(*zip(*JUDGED))
+    model = GPT2ForSequenceClassification.from_pretrained(judge_dir)
+    center, bound = sorted(plain)[1], (max(plain) - sorted(plain)[1]) / 2
+    model.config.reward_center, model.config.reward_clip = center, bound
+    lm.save(model, tokenizer, tmp_path / "clipped")
+    expected = [max(-bound, min(bound, score - center)) for score in plain]
+    assert load_judge(str(tmp_path / "clipped"))(*zip(*JUDGED)) == pytest.approx(expected, abs=1e-4)
+    assert bound in expected and 0 in expected, "one score is clipped, one is at the center"
 
 
 def test_golden_and_none_are_judges_too():
@@ -347,14 +367,15 @@ def measured(step: int, rate, kl: float) -> dict:
             "chosen_logratio": -kl, "rejected_logratio": -2 * kl}
 
 
-def fake_run(directory, algorithm="dpo", rates=(0.5, 0.71, 0.66), rewards=(1, 0, 2), prompts=PROMPTS):
+def fake_run(directory, algorithm="dpo", rates=(0.5, 0.71, 0.66), rewards=(1, 0, 2), prompts=PROMPTS, **settings):
     """Three measured steps, 0, 2 and 4, each followed by one that was not."""
     lines = [line for i, rate in enumerate(rates)
              for line in (measured(2 * i, rate, 3.0 * i), {"step": 2 * i + 1, "loss": 0.4, "tokens": 100})][:-1]
     data.write_jsonl(directory / "metrics.jsonl", lines)
     data.write_jsonl(directory / "responses.jsonl", [dict(prompt=prompt, response=" good.", reward=reward)
                                                      for prompt, reward in zip(prompts, rewards)])
-    data.write_jsonl(directory / "summary.json", [{"algorithm": algorithm}])
+    summary = {"algorithm": algorithm, "settings": {"algorithm": algorithm, "out": str(directory), **settings}}
+    data.write_text(directory / "summary.json", json.dumps(summary))
     return directory
 
 
@@ -372,9 +393,9 @@ def test_metrics_are_read_line_by_step_and_a_directory_that_is_no_run_is_named(t
 def test_against_compares_two_runs_prompt_by_prompt(tmp_path):
     one = fake_run(tmp_path / "one", rewards=(1, 0, 2))
     two = fake_run(tmp_path / "two", rewards=(0, 0, 3))  # a win, a tie, a loss
-    assert against(one, two) == {"win_rate": 0.5, "win_rate_ci": wilson_interval(1.5, 3)}
+    assert against(one, two) == (0.5, *wilson_interval(1.5, 3))
     three = fake_run(tmp_path / "three", rewards=(0, -1, 3))
-    assert against(one, three)["win_rate"] == pytest.approx(1 - against(three, one)["win_rate"]) == 2 / 3
+    assert against(one, three)[0] == pytest.approx(1 - against(three, one)[0]) == 2 / 3
 
 
 def test_against_refuses_runs_on_other_prompts_or_without_a_judge(tmp_path):
@@ -416,21 +437,50 @@ def test_a_curve_is_a_picture(tmp_path, rates):
     assert is_png(tmp_path / "curve.png")
 
 
-def test_goodharts_picture_has_a_labelled_line_a_run_in_its_algorithms_colour(tmp_path, monkeypatch):
+@pytest.fixture
+def drawn(monkeypatch):
+    """What is drawn, while it is drawn: lines (x, y, colour) and labels (text, position)."""
     from matplotlib.axes import Axes
 
-    drawn, labels = [], []
-    plot, annotate = Axes.plot, Axes.annotate
-    monkeypatch.setattr(Axes, "plot", lambda axis, x, y, **how: drawn.append((x, y, how["color"])) or plot(
-        axis, x, y, **how))
-    monkeypatch.setattr(Axes, "annotate", lambda axis, text, xy, **how: labels.append((text, xy)) or annotate(
-        axis, text, xy, **how))
+    seen, plot, annotate = SimpleNamespace(lines=[], labels=[]), Axes.plot, Axes.annotate
+
+    def spy_plot(axis, x, y, **how):
+        seen.lines.append((x, y, how["color"]))
+        return plot(axis, x, y, **how)
+
+    def spy_annotate(axis, text, xy, **how):
+        seen.labels.append((text, xy))
+        return annotate(axis, text, xy, **how)
+
+    monkeypatch.setattr(Axes, "plot", spy_plot)
+    monkeypatch.setattr(Axes, "annotate", spy_annotate)
+    return seen
+
+
+def test_the_curve_of_a_learned_reward_shows_it_beside_the_golden_one(tmp_path, drawn):
+    lines = [measured(0, 0.5, 0.0), {"step": 1, "proxy_reward": 0.5}, {**measured(2, 0.7, 3.0), "proxy_reward": 0.9}]
+    summary = {"algorithm": "ppo", "model": "tiny", "beta": 0.1, "seed": 0, "win_rate": 0.7, "golden_reward": 2.8}
+    plot_curve(tmp_path, summary, lines)
+    lines_of_the_third_axis = [(list(x), y) for x, y, _ in drawn.lines[-2:]]
+    assert lines_of_the_third_axis == [([0, 2], [2.0, 2.8]), ([1, 2], [0.5, 0.9])]
+    assert [text for text, _ in drawn.labels] == ["golden", "learned"] and is_png(tmp_path / "curve.png")
+
+
+def test_goodharts_picture_has_a_labelled_line_a_run_in_its_algorithms_colour(tmp_path, drawn):
     runs = {"runs/hypo": [measured(0, 0.5, 0.0), {"step": 1}, measured(2, 0.8, 3.0)],
             "runs/mine": [measured(0, 0.5, 0.0), measured(2, 0.6, 9.0)]}
     plot_goodhart(runs, {"runs/hypo": "hypo", "runs/mine": "unheard of"}, tmp_path / "goodhart.png")
-    assert drawn == [([0.0, 3.0], [0.5, 0.8], "#c2410c"), ([0.0, 9.0], [0.5, 0.6], "black")]
-    assert labels == [("hypo", (3.0, 0.8)), ("mine", (9.0, 0.6))]
+    assert drawn.lines == [([0.0, 3.0], [0.5, 0.8], "#c2410c"), ([0.0, 9.0], [0.5, 0.6], "black")]
+    assert drawn.labels == [("hypo", (3.0, 0.8)), ("mine", (9.0, 0.6))]
     assert is_png(tmp_path / "goodhart.png")
+
+
+def test_in_goodharts_picture_runs_of_one_algorithm_share_a_label(tmp_path, drawn):
+    runs = {f"runs/seed-{seed}": [measured(0, 0.5, 0.0), measured(2, rate, 3.0 + seed)]
+            for seed, rate in enumerate((0.6, 0.8, 0.7))}
+    plot_goodhart({**runs, "runs/mine": [measured(0, 0.5, 0.0)]}, {**dict.fromkeys(runs, "dpo"), "runs/mine": "hypo"},
+                  tmp_path / "goodhart.png")
+    assert drawn.labels == [("dpo", (4.0, 0.8)), ("mine", (0.0, 0.5))], "at the highest of the algorithm's ends"
 
 
 def test_the_command_prints_one_table_and_draws_the_picture(tmp_path, capsys):
@@ -438,12 +488,40 @@ def test_the_command_prints_one_table_and_draws_the_picture(tmp_path, capsys):
     dpo = fake_run(tmp_path / "dpo", "dpo", rewards=(0, 0, 3))
     main([str(hypo), str(dpo), "--against", str(dpo), "--out", str(tmp_path / "g.png")])
     printed = capsys.readouterr().out
-    rows = cells(printed.split("\n\n")[0])
+    rows = cells(printed)[:4]
     assert [row[0] for row in rows] == ["run", "pi_ref", str(hypo), str(dpo)]
     assert [row[1] for row in rows] == ["step", "0", "4", "4"], "pi_ref is step 0; a run is shown as it ended"
     assert [row[2].split()[0] for row in rows[1:]] == ["0.500", "0.810", "0.660"]
-    assert f"{hypo} beats {dpo}: win rate 0.500" in printed and str(tmp_path / "g.png") in printed
+    assert f"{hypo} against {dpo}: win rate 0.500 [" in printed and str(tmp_path / "g.png") in printed
+    assert "seeds" not in printed, "runs of two algorithms have no common mean"
     assert is_png(tmp_path / "g.png")
+
+
+def test_the_command_adds_the_mean_of_runs_that_differ_in_their_seed_alone(tmp_path, capsys):
+    runs = [fake_run(tmp_path / f"dpo-{seed}", rates=(0.5, 0.7, rate), seed=seed, lr=lr)
+            for seed, rate, lr in ((0, 0.6, 1e-3), (1, 0.8, 1e-3), (2, 0.9, 2e-3))]
+    main([*map(str, runs), "--out", str(tmp_path / "g.png")])
+    rows = cells(capsys.readouterr().out)[2:6]
+    assert [row[0] for row in rows] == [*map(str, runs), "dpo, mean of 2 seeds"]
+    assert rows[-1][1:4] == ["4", "0.700 [-0.571, 1.971]", "+2.80"], "0.7 +- 12.71 sd / sqrt(2), sd = 0.1 sqrt(2)"
+
+
+def test_the_mean_over_seeds_is_a_mean_with_students_interval():
+    rates, kls = (0.6, 0.7, 0.8), (1.0, 2.0, 6.0)
+    row = mean_over_seeds([{"name": "dpo", **measured(4, rate, kl)} for rate, kl in zip(rates, kls)])
+    assert row["run"] == "dpo, mean of 3 seeds" and row["step"] == 4
+    assert (row["win_rate"], row["reverse_kl"], row["golden_reward"]) == pytest.approx((0.7, 3.0, 2.8))
+    half = 4.30 * 0.1 / math.sqrt(3)  # the sample's sd is 0.1
+    assert row["win_rate_ci"] == pytest.approx((0.7 - half, 0.7 + half))
+
+
+@pytest.mark.parametrize("df", STUDENT_95)
+def test_students_quantiles_hold_95_percent(df):
+    steps, t = 4000, STUDENT_95[df]
+    norm = math.gamma((df + 1) / 2) / math.gamma(df / 2) / math.sqrt(df * math.pi)
+    middles = ((i + 0.5) / steps * t for i in range(steps))
+    inside = 2 * t / steps * sum(norm * (1 + x * x / df) ** (-(df + 1) / 2) for x in middles)
+    assert inside == pytest.approx(0.95, abs=1e-3), f"P(|T| < {t}) with {df} degrees of freedom = {inside:.4f}"
 
 
 def test_the_command_shows_a_run_that_was_interrupted_and_has_no_summary(tmp_path, capsys):
@@ -455,12 +533,16 @@ def test_the_command_shows_a_run_that_was_interrupted_and_has_no_summary(tmp_pat
     assert cells(capsys.readouterr().out)[2][:2] == [str(run), "2"] and is_png(tmp_path / "g.png")
 
 
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="plot_goodhart labels the last point of a run that has none")
 def test_the_command_shows_runs_without_a_judge(tmp_path, capsys):
-    blind = fake_run(tmp_path / "blind", rates=(None, None, None))
+    blind = fake_run(tmp_path / "blind", rates=(None, None, None), judge="none")
     judged = fake_run(tmp_path / "judged")
     main([str(blind), str(judged), "--out", str(tmp_path / "g.png")])
     assert cells(capsys.readouterr().out)[2][2] == "-" and is_png(tmp_path / "g.png")
+
+
+def test_runs_without_a_judge_have_a_mean_too():
+    rows = [{"name": "dpo", **measured(4, None, kl)} for kl in (1.0, 2.0)]
+    assert cells(table([mean_over_seeds(rows)]))[1][:5] == ["dpo, mean of 2 seeds", "4", "-", "-", "1.50"]
 
 
 def test_a_finished_run_leaves_its_summary_its_curve_and_a_policy_that_loads(tmp_path, capsys, policy, tokenizer):

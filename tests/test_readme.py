@@ -61,15 +61,6 @@ def test_the_table_of_files_has_the_true_line_counts():
         assert int(lines) == len((ROOT / name).read_text().splitlines()), name
 
 
-def test_every_metric_of_a_run_is_in_the_glossary():
-    source = "".join((ROOT / name).read_text() for name in ("hypo.py", "dpo.py"))
-    written = set(re.findall(r"(\w+)=", "".join(re.findall(r"metrics\.update\((.*?)\)\n\n", source, flags=re.S))))
-    written |= {"win_rate", "win_rate_ci", "golden_reward", "reverse_kl", "response_length", "accuracy",
-                "chosen_logratio", "rejected_logratio"}
-    glossary = README.split("## Glossary")[1].split("\n## ")[0]
-    assert not {name for name in written if f"`{name}`" not in glossary}
-
-
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.name)
 def test_imports_follow_the_arrows_of_the_house(path):
     if path.name == "conftest.py":

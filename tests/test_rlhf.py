@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_kl_gradient import EOS, PROMPT, RESPONSES, gradient
-from test_run import SMALL, bytes_of, start_victim
+from test_run import SMALL, bytes_of, not_in_the_glossary, start_victim
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
 import data
@@ -278,6 +278,11 @@ def test_the_first_ratio_is_exactly_1_with_dropout_configured(whole):
     assert [line["first_ratio_error"] for line in lines[1:]] == [0.0] * 9
     assert any(line["ratio_error"] > 0 for line in lines[1:]), "and later ratios are not"
     assert lines[1]["online_kl"] == 0 and lines[-1]["reverse_kl"] > 0
+
+
+def test_every_metric_is_in_the_glossary(whole):
+    glossary_misses = not_in_the_glossary(whole) | not_in_the_glossary(whole / "reward")
+    assert {name for name in glossary_misses if not name.endswith("_gap")} == set()
 
 
 def test_the_reward_model_starts_at_log_2_and_serves_as_a_judge(whole):

@@ -200,6 +200,17 @@ def test_a_run_leaves_what_the_design_promises(uninterrupted):
     AutoTokenizer.from_pretrained(uninterrupted / "policy")
 
 
+def not_in_the_glossary(out) -> set[str]:
+    """Metrics of a run that the README does not explain."""
+    glossary = (ROOT / "README.md").read_text(encoding="utf-8").split("## Glossary")[1].split("\n## ")[0]
+    names = {name for line in (out / "metrics.jsonl").read_text().splitlines() for name in json.loads(line)}
+    return {name for name in names - {"step"} if f"`{name}`" not in glossary}
+
+
+def test_every_metric_is_in_the_glossary(uninterrupted):
+    assert not not_in_the_glossary(uninterrupted)
+
+
 @pytest.mark.parametrize("more", [
     ["--loss", "ipo"], ["--loss", "ipo", "--length-average"], ["--loss", "bo2"],
     ["--loss", "dpo", "--sampling", "online"], ["--loss", "ipo", "--sampling", "online"],
@@ -208,6 +219,7 @@ def test_every_loss_and_sampling_trains(more, model_dir, tmp_path):
     dpo.main(flags(model_dir, tmp_path / "run", *more))
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["reverse_kl"] > 0, "the policy has moved"
+    assert not not_in_the_glossary(tmp_path / "run")
 
 
 def test_k_1_and_k_3_train(model_dir, tmp_path):
