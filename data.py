@@ -46,7 +46,7 @@ OVERALL = ["enjoyed", "loved", "disliked", "hated"]  # the verbs of " Overall I 
 ADJECTIVES = [word for word in VALENCE if word not in OVERALL] + NEUTRAL
 
 REWARD_BOUND = 5.0  # R: every golden reward lies in [-R, R]
-_WORD = re.compile(r"[A-Za-z']+|[.,;:!?]")
+_WORD = re.compile(r"[A-Za-z']+|\d+|[.,;:!?]")
 _SENTENCE_ENDS = (".", "!", "?")
 _CLAUSE_BREAKS = {*_SENTENCE_ENDS, ",", ";", ":", "and", "but"}
 
@@ -144,7 +144,7 @@ def collect_pairs(respond, prompts: list[str], n: int, seed: int, judge=golden_j
         rewards = judge(asked * 2, texts)
         for i, prompt in enumerate(asked):
             j = i + len(asked)
-            if rng.random() >= 1 / (1 + math.exp(rewards[j] - rewards[i])):
+            if rng.random() >= (1 + math.tanh((rewards[i] - rewards[j]) / 2)) / 2:  # the sigmoid; cannot overflow
                 i, j = j, i
             if texts[i] != texts[j]:
                 pairs.append({"prompt": prompt, "chosen": texts[i], "rejected": texts[j],
@@ -210,7 +210,7 @@ def read_jsonl(path, tokenizer=None) -> list[dict]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8"))
+                row = json.loads(line.decode("utf-8-sig"))
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path}:{number}: not UTF-8 text ({error.reason} at byte {error.start}); "
                                  "save the file as UTF-8") from None
@@ -235,6 +235,8 @@ def read_hub(name: str, tokenizer=None) -> list[dict]:
     except Exception as error:  # the library raises many kinds; all mean that there are no rows
         raise ValueError(f"--data {name}: there is no such file, and the hub did not give such a data set "
                          f"({type(error).__name__}: {str(error).partition(chr(10))[0]})") from None
+    if not len(rows):
+        raise ValueError(f"--data {name}: the split 'train' of this data set has no rows")
     return [check_pair(row, f"{name}: row {i}", tokenizer) for i, row in enumerate(rows)]
 
 
@@ -252,6 +254,11 @@ def check_pair(row, where: str, tokenizer=None) -> dict:
         if not isinstance(text, str):
             raise ValueError(f"{where}: field '{field}' must be a string, or all three fields lists of "
                              f"messages; got {type(text).__name__}")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{where}: field '{field}' has half a character at position {error.start} (a lone "
+                             "surrogate escape): such text cannot be tokenised") from None
         if field != "prompt" and not text.strip():
             raise ValueError(f"{where}: field '{field}' is empty; a response needs at least one word")
     if fields["chosen"] == fields["rejected"]:
@@ -272,15 +279,19 @@ def _render_chat(fields: dict, where: str, tokenizer) -> dict:
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(f"{where}: messages need a chat template, and this model's tokenizer has none; "
                          "use a chat model, or give the three fields as strings")
-    prompt = tokenizer.apply_chat_template(fields["prompt"], tokenize=False, add_generation_prompt=True)
+    try:
+        prompt = tokenizer.apply_chat_template(fields["prompt"], tokenize=False, add_generation_prompt=True)
+        whole = {field: tokenizer.apply_chat_template(fields["prompt"] + fields[field], tokenize=False)
+                 for field in ("chosen", "rejected")}
+    except Exception as error:  # templates refuse what they do not like, in ways of their own
+        raise ValueError(f"{where}: the model's chat template refuses these messages ({error})") from None
     texts = {"prompt": prompt}
-    for field in ("chosen", "rejected"):
-        whole = tokenizer.apply_chat_template(fields["prompt"] + fields[field], tokenize=False)
-        if not whole.startswith(prompt):
+    for field, text in whole.items():
+        if not text.startswith(prompt):
             raise ValueError(f"{where}: field '{field}': the chat template renders the prompt differently once "
                              "a response follows, so where the response begins is not defined")
         # lm.encode_response adds the EOS itself; what a template writes after it is not the response
-        texts[field] = whole[len(prompt):].split(tokenizer.eos_token or "\0")[0]
+        texts[field] = text[len(prompt):].split(tokenizer.eos_token or "\0")[0]
     return texts
 
 

@@ -10,6 +10,7 @@ random seed and the same opponent: pi_ref's responses. Training reads none of th
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 
 import torch
@@ -82,7 +83,7 @@ def implicit_reward_metrics(policy, pairs: list[dict]) -> dict:
     pairs: as from lm.add_ref_logps. Equal log-ratios count one half in the accuracy, so it is 1/2 at step 0.
     """
     chosen, rejected = lm.score_pairs(policy, pairs)  # (N,), (N,)
-    ref_chosen, ref_rejected = lm.ref_logps(pairs, policy.device)
+    ref_chosen, ref_rejected = lm.ref_logps(pairs, chosen.device)
     chosen, rejected = chosen - ref_chosen, rejected - ref_rejected
     correct = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
     return {"accuracy": correct.mean().item(), "chosen_logratio": chosen.mean().item(),
@@ -275,7 +276,9 @@ def plot_goodhart(runs: dict[str, list[dict]], names: dict[str, str], path) -> N
 
 def against(run, opponent) -> tuple[float, float, float]:
     """(win rate, its 95 % interval) of one run's responses over another's, by the rewards both were given."""
-    mine, theirs = (list(map(json.loads, open(Path(d) / "responses.jsonl", encoding="utf-8"))) for d in (run, opponent))
+    for path in (run, opponent):
+        read_metrics(path)  # says so if it is not a run
+    mine, theirs = (data.read_rows(Path(path) / "responses.jsonl") for path in (run, opponent))
     if [row["prompt"] for row in mine] != [row["prompt"] for row in theirs]:
         raise ValueError(f"{run} and {opponent} were evaluated on different prompts; give both the same --data, "
                          "--seed and --eval-samples")
@@ -321,4 +324,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")

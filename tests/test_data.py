@@ -549,3 +549,20 @@ def test_what_the_hub_says_is_passed_on_in_one_line(monkeypatch, error, shown):
     with pytest.raises(ValueError, match="--data some/pairs: there is no such file, and the hub") as raised:
         data.read_hub("some/pairs")
     assert shown in str(raised.value) and "second line" not in str(raised.value)
+
+
+def test_half_a_character_is_named(tmp_path):
+    path = tmp_path / "half.jsonl"
+    path.write_text('{"prompt": "a", "chosen": " \\ud83d", "rejected": " c"}\n')
+    with pytest.raises(ValueError, match="half.jsonl:1: field 'chosen' has half a character at position 1"):
+        read_jsonl(path)
+
+
+def test_a_byte_order_mark_is_no_harm(tmp_path):
+    path = tmp_path / "bom.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode())
+    assert read_jsonl(path)[0]["prompt"] == GOOD["prompt"]
+
+
+def test_numbers_are_no_stutter():
+    assert golden_reward("The film was", " good. I gave it 7.5.") == 1
