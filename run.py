@@ -33,7 +33,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     add("--data", help="instead of the built-in world: preference pairs from a JSONL file with the fields prompt, "
         "chosen, rejected, or from a hub data set with those fields; a tenth of the prompts is held out")
     add("--judge", help="who judges responses: golden (the built-in world's true reward), or the directory of a "
-        "one-label sequence-classification model (default golden; with --data none)")
+        "one-label sequence-classification model (default golden; with --data none; rlhf.py trains its own)")
     add("--steps", type=int, default=400, help="optimizer steps (default 400; rlhf.py 120)")
     add("--batch-size", type=int, default=64, help="preference pairs in a step (default 64)")
     add("--lr", type=float, help="learning rate of AdamW, constant (default 5e-4 for tiny, else 1e-5)")
