@@ -3,10 +3,12 @@
 import ast
 import re
 import shlex
+import textwrap
 from pathlib import Path
 
 import pytest
 
+import coverage
 import data
 import dpo
 import eval  # noqa: A004  only to reach its main; elsewhere always `from eval import ...`
@@ -17,7 +19,8 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FENCES = re.findall(r"^```(?:sh|bash)\n(.*?)^```", README, flags=re.M | re.S)
 COMMANDS = [command.split(" #")[0].strip() for fence in FENCES for command in fence.splitlines()]
-PROGRAMS = {"hypo.py": hypo.main, "dpo.py": dpo.main, "rlhf.py": rlhf.main, "eval.py": eval.main, "data.py": data.main}
+PROGRAMS = {"hypo.py": hypo.main, "dpo.py": dpo.main, "rlhf.py": rlhf.main, "eval.py": eval.main, "data.py": data.main,
+            "coverage.py": coverage.main}
 
 # DESIGN: an arrow means "imports"; none runs back, and coverage is a leaf
 ARROWS = {
@@ -74,9 +77,10 @@ def test_imports_follow_the_arrows_of_the_house(path):
         "`import eval` would hide the builtin: write `from eval import ...`"
 
 
+def test_the_worked_example_is_the_same_in_the_readme_and_in_the_code():
+    assert textwrap.dedent(coverage.worked_example()) in README
+
+
 def test_coverage_is_ours_and_not_the_tool_of_that_name():
-    if not (ROOT / "coverage.py").exists():
-        pytest.skip("coverage.py is not written yet")
-    import coverage
     assert Path(coverage.__file__) == ROOT / "coverage.py", "start the tests as `pytest` or `python -m pytest`"
     assert not hasattr(coverage, "__path__")
