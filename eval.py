@@ -134,8 +134,8 @@ def evaluator(args, ref, tokenizer, prompts: list[str], pairs: list[dict], judge
 # ---------------------------------------------------------------------------------------------------
 # what a run leaves behind
 
-def finish(args, policy, tokenizer, seconds: float) -> None:
-    """policy/, summary.json and curve.png of a run whose training is done; prints its table."""
+def finish(args, policy, tokenizer, seconds: float) -> dict:
+    """policy/, summary.json and curve.png of a run whose training is done; prints its table, returns the summary."""
     lines = read_metrics(args.out)
     measured = {name: lines[-1].get(name) for name in ("win_rate", "win_rate_ci", "golden_reward", "judge_reward",
                 "reverse_kl", "response_length", "accuracy", "chosen_logratio", "rejected_logratio")}
@@ -151,6 +151,7 @@ def finish(args, policy, tokenizer, seconds: float) -> None:
     print(table([{"run": "pi_ref", **lines[0]}, {"run": args.algorithm, **lines[-1]}]))
     print(f"\n{seconds:.0f} s of training; see {args.out}/curve.png, {args.out}/samples.md and the model in "
           f"{args.out}/policy/")
+    return summary
 
 
 def read_metrics(run) -> list[dict]:

@@ -332,9 +332,10 @@ def main(argv=None):
         evaluate = evaluator(args, ref, tokenizer, held_out_prompts, held_out,
                              judge if args.data else data.golden_judge)
         (train_rloo if args.rloo else train_ppo)(policy, ref, tokenizer, prompts, judge, evaluate, args)
-        finish(args, policy, tokenizer, run.seconds(args))
+        summary = finish(args, policy, tokenizer, run.seconds(args))
         if args.reward_clip and args.beta > 0:
-            print(f"Lemma 4.1 bounds the optimum's KL by 2R'/beta = {2 * args.reward_clip / args.beta:.1f} nats")
+            print(f"KL {summary['reverse_kl']:.2f} nats; Lemma 4.1 bounds the KL of the learned reward's optimum by "
+                  f"2R'/beta = {2 * args.reward_clip / args.beta:.1f}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """rlhf.py: the reward model, advantages, PPO's and RLOO's gradients against exact enumeration, the command."""
 
+import contextlib
+import io
 import itertools
 import json
+import re
 import signal
 
 import pytest
@@ -267,9 +270,15 @@ MORE = ["--reward-epochs", "3", "--epochs", "2", "--minibatches", "2"]
 @pytest.fixture(scope="module")
 def whole(model_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("rlhf") / "ppo"
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        main(model_dir, out)
+    assert re.search(r"KL \d+\.\d\d nats; Lemma 4.1 bounds .* 2R'/beta = 40\.0", printed.getvalue())
+    return out
+
+
+def main(model_dir, out):
     rlhf.main(["--model", str(model_dir), "--out", str(out), *SMALL, *MORE, "--minibatches", "1",
                "--reward-clip", "2"])
-    return out
 
 
 def test_the_first_ratio_is_exactly_1_with_dropout_configured(whole):
