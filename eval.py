@@ -229,8 +229,9 @@ def plot_curve(out, summary: dict, lines: list[dict]) -> None:
         draw(axes[2], "golden_reward", "mean reward")
         learned = [line["proxy_reward"] for line in lines[1:]]
         axes[2].plot(range(1, len(lines)), learned, color="gray", lw=1)
-        axes[2].annotate("golden", (steps[-1], points[-1]["golden_reward"]), color=color, ha="right", va="bottom")
-        axes[2].annotate("learned", (steps[-1], learned[-1]), color="gray", ha="right", va="bottom")
+        for name, y, ink in (("golden", points[-1]["golden_reward"], color), ("learned", learned[-1], "gray")):
+            axes[2].annotate(name, (steps[-1], y), color=ink, xytext=(4, 0), textcoords="offset points", va="center")
+        axes[2].set_xlim(right=1.2 * steps[-1])
     for axis in axes:
         axis.set_xlabel("step")
         axis.spines[["top", "right"]].set_visible(False)
