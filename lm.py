@@ -143,8 +143,8 @@ def word_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 def encode_prompt(tokenizer, text: str) -> list[int]:
     """Token ids, with one BOS in front if the tokenizer uses one. Never empty: something must predict."""
     ids = tokenizer.encode(text, add_special_tokens=False)
-    bos, with_special = tokenizer.bos_token_id, tokenizer("a").input_ids
-    if bos is not None and with_special[:1] == [bos] and ids[:1] != [bos]:
+    bos = tokenizer.bos_token_id
+    if bos is not None and ids[:1] != [bos] and tokenizer("a").input_ids[:1] == [bos]:
         ids = [bos, *ids]
     return ids or [tokenizer.eos_token_id if bos is None else bos]
 
@@ -176,13 +176,13 @@ def encode_pairs(model, tokenizer, pairs: list[dict], max_new_tokens: int) -> li
             raise ValueError(f"{where}: field 'prompt' has {len(row['prompt'])} tokens, but the model's context "
                              f"of {context_length(model)} less --max-new-tokens {max_new_tokens} leaves room "
                              f"for {room}; shorten the prompt or lower --max-new-tokens")
-        for field in ("chosen", "rejected"):
-            if f"{field}_ids" in pair:  # sampled by a policy: exactly the tokens that it wrote
-                row[field] = pair[f"{field}_ids"]
-            else:
-                for known in ("prompt", field):
-                    check_known(tokenizer, pair[known], f"{where}: field '{known}'")
-                row[field] = encode_response(tokenizer, pair[field], max_new_tokens)
+        if "chosen_ids" in pair:  # sampled by a policy: exactly the tokens that it wrote
+            row.update(chosen=pair["chosen_ids"], rejected=pair["rejected_ids"])
+        else:
+            for field in ("prompt", "chosen", "rejected"):
+                check_known(tokenizer, pair[field], f"{where}: field '{field}'")
+            row.update(chosen=encode_response(tokenizer, pair["chosen"], max_new_tokens),
+                       rejected=encode_response(tokenizer, pair["rejected"], max_new_tokens))
         if row["chosen"] == row["rejected"]:
             raise ValueError(f"{where}: fields 'chosen' and 'rejected' are the same in their first "
                              f"{max_new_tokens} tokens; raise --max-new-tokens or drop the row")

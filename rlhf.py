@@ -183,8 +183,8 @@ def roll_out(policy, ref, tokenizer, prompts: list[str], judge, beta, args, step
     with torch.no_grad():  # by the same forward pass as the update's, so that the first ratio is 1
         old_logps, mask = lm.token_logps(policy, prompt_ids, responses)
         logratios = old_logps - lm.token_logps(ref, prompt_ids, responses)[0]
-    return dict(prompts=prompt_ids, responses=responses, old_logps=old_logps, mask=mask, logratios=logratios,
-                final_rewards=final_rewards, rewards=token_rewards(final_rewards, logratios, mask, beta),
+    return dict(prompts=prompt_ids, responses=responses, old_logps=old_logps, mask=mask, final_rewards=final_rewards,
+                rewards=token_rewards(final_rewards, logratios, mask, beta),
                 metrics=dict(proxy_reward=judged.mean(), online_kl=logratios.sum(1).mean(), beta=beta,
                              unfinished=unfinished.mean(), tokens=sum(map(len, responses))))
 
