@@ -352,3 +352,16 @@ def test_a_response_without_eos_is_charged_and_one_with_it_is_not(policy, ref):
     ended = torch.tensor([response[-1] == EOS for response in rolled["responses"]])
     assert 0 < ended.sum() < 40
     assert torch.equal(rolled["final_rewards"], torch.where(ended, 1.0, -4.0))
+
+
+@pytest.mark.parametrize("more", [[], ["--rloo"]], ids=["ppo", "rloo"])
+def test_training_raises_the_reward_it_is_given(more, model_dir, tmp_path, monkeypatch):
+    """A judge that likes the word "superb"; a sign lost between the loss and the loop would shun it."""
+    monkeypatch.setattr(rlhf, "load_judge", lambda name, device: lambda prompts, texts: [
+        float("superb" in text) for text in texts])
+    rlhf.main(["--model", str(model_dir), "--out", str(tmp_path / "r"), *SMALL, "--steps", "40", "--eval-every", "40",
+               "--batch-size", "32", "--beta", "0", "--judge", "any", *more])
+    lines = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()[1:]
+    rewards = [json.loads(line)["proxy_reward"] for line in lines]
+    first, last = sum(rewards[:5]) / 5, sum(rewards[-5:]) / 5
+    assert last > first + 0.2, f"mean reward {first:.2f} in the first steps, {last:.2f} in the last"

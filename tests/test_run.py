@@ -300,6 +300,32 @@ def test_a_preference_file_trains_without_a_judge(model_dir, pairs_file, tmp_pat
     assert "reverse KL" in capsys.readouterr().out
 
 
+def last_line(out) -> dict:
+    return json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+@pytest.mark.parametrize("main, more", [(dpo.main, ["--loss", "dpo"]), (dpo.main, ["--loss", "ipo"]), (hypo.main, [])])
+def test_training_widens_the_margin_of_its_pairs(main, more, model_dir, pairs_file, tmp_path):
+    """A sign lost between the loss and the loop would widen it the other way."""
+    main(flags(model_dir, tmp_path / "run", "--data", pairs_file, "--steps", 30, "--eval-every", 30, *more))
+    last = last_line(tmp_path / "run")
+    assert last["train_chosen_logratio"] - last["train_rejected_logratio"] > 1
+
+
+def test_best_of_2_makes_the_chosen_likelier(model_dir, pairs_file, tmp_path):
+    dpo.main(flags(model_dir, tmp_path / "run", "--data", pairs_file, "--steps", 30, "--loss", "bo2"))
+    assert last_line(tmp_path / "run")["train_chosen_logratio"] > 1
+
+
+def test_the_kl_term_holds_the_policy_near_pi_ref(model_dir, tmp_path):
+    """Line 6's sign: with lam the KL ends lower than without."""
+    kls = []
+    for lam in (0, 1):
+        hypo.main([*flags(model_dir, tmp_path / str(lam)), "--steps", "30", "--lam", str(lam), "--eval-samples", "64"])
+        kls.append(last_line(tmp_path / str(lam))["reverse_kl"])
+    assert kls[1] < 0.7 * kls[0], f"KL {kls[0]:.3f} without the term, {kls[1]:.3f} with it"
+
+
 def fails(main, arguments, capsys) -> str:
     """The message of a command that must end with an error."""
     with pytest.raises((SystemExit, ValueError, OSError)) as error:
