@@ -55,7 +55,38 @@ def bo2_loss(chosen_logps):
 
 
 # ---------------------------------------------------------------------------------------------------
-# pairs that the current policy writes
+# where pairs come from: functions step -> list of pairs, as from lm.add_ref_logps
+
+
+def offline(ref, pairs: list[dict], args):
+    """Minibatches of the same pairs, epoch after epoch."""
+    pairs = lm.add_ref_logps(ref, pairs)
+    return lambda step: run.minibatch(pairs, args, step)
+
+
+def online(policy, ref, tokenizer, prompts: list[str], judge, args):
+    """In every step two fresh samples of the policy, as it is now, for each prompt of a minibatch."""
+    def pairs_of_step(step: int) -> list[dict]:
+        asked = run.minibatch(prompts, args, step)
+        return online_pairs(policy, ref, tokenizer, asked, judge, run.generator(args, "online", step), args)
+    return pairs_of_step
+
+
+def iterative(policy, ref, tokenizer, prompts: list[str], judge, args):
+    """args.pairs fresh pairs at the first step of a round, kept in a file for the round's other steps."""
+    pairs = []
+
+    def pairs_of_step(step: int) -> list[dict]:
+        number, step_of_round = divmod(step - 1, args.round_steps)
+        path = args.out / f"round-{number}.jsonl"
+        if step_of_round == 0:
+            asked = [prompts[i % len(prompts)] for i in range(args.pairs)]
+            generator = run.generator(args, "round", number)
+            data.write_jsonl(path, online_pairs(policy, ref, tokenizer, asked, judge, generator, args))
+        if step_of_round == 0 or not pairs:
+            pairs[:] = data.read_rows(path)
+        return run.minibatch(pairs, args, step) if pairs else []  # [] if all of the round's prompts were ties
+    return pairs_of_step
 
 
 def online_pairs(policy, ref, tokenizer, prompts: list[str], judge, generator, args) -> list[dict]:
@@ -71,40 +102,18 @@ def online_pairs(policy, ref, tokenizer, prompts: list[str], judge, generator, a
     return lm.add_ref_logps(ref, pairs)
 
 
-def pairs_of_round(policy, ref, tokenizer, prompts: list[str], judge, args, step: int) -> list[dict]:
-    """args.pairs fresh pairs at the first step of a round, kept in a file for the round's other steps."""
-    number = (step - 1) // args.round_steps
-    path = args.out / f"round-{number}.jsonl"
-    if (step - 1) % args.round_steps == 0:
-        asked = [prompts[i % len(prompts)] for i in range(args.pairs)]
-        generator = run.generator(args, "round", number)
-        data.write_jsonl(path, online_pairs(policy, ref, tokenizer, asked, judge, generator, args))
-    return data.read_rows(path)
-
-
 # ---------------------------------------------------------------------------------------------------
 # training
 
 
-def train(policy, ref, tokenizer, pairs: list[dict], prompts: list[str], judge, evaluate, args) -> None:
-    """Minimise a loss over minibatches of pairs from the source that args.sampling names.
+def train(policy, pairs_of_step, evaluate, args) -> None:
+    """Minimise a loss on the pairs that a source gives for each step: the one loop of all nine combinations.
 
-    pairs: offline pairs as from lm.add_ref_logps. prompts: texts for the policy to answer, and judge labels
-    the answers; both unused offline. evaluate: function policy -> metrics.
+    pairs_of_step: from offline, online or iterative above. evaluate: function policy -> metrics.
     """
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0)
     for step, metrics in run.loop(args, policy, optimizer, evaluate):
-        # where the pairs come from: the only difference between offline, online and iterative training
-        if args.sampling == "offline":
-            batch = run.minibatch(pairs, args, step)
-        elif args.sampling == "online":
-            asked = run.minibatch(prompts, args, step)
-            generator = run.generator(args, "online", step)
-            batch = online_pairs(policy, ref, tokenizer, asked, judge, generator, args)
-        else:
-            if pairs is None or (step - 1) % args.round_steps == 0:
-                pairs = pairs_of_round(policy, ref, tokenizer, prompts, judge, args, step)
-            batch = run.minibatch(pairs, args, step)
+        batch = pairs_of_step(step)  # the only difference between offline, online and iterative training
         metrics["pairs"] = len(batch)
         if not batch:  # every prompt was a tie: nothing to learn from
             continue
@@ -162,8 +171,11 @@ def main(argv=None):
         # in the built-in world the golden reward judges the outcome, whoever labels the pairs
         evaluate = evaluator(args, ref, tokenizer, held_out_prompts, held_out,
                              judge if args.data else data.golden_judge)
-        pairs = lm.add_ref_logps(ref, pairs) if args.sampling == "offline" else None
-        train(policy, ref, tokenizer, pairs, prompts, judge, evaluate, args)
+        if args.sampling == "offline":
+            source = offline(ref, pairs, args)
+        else:
+            source = (online if args.sampling == "online" else iterative)(policy, ref, tokenizer, prompts, judge, args)
+        train(policy, source, evaluate, args)
         finish(args, policy, tokenizer, run.seconds(args))
 
 

@@ -90,11 +90,12 @@ def implicit_reward_metrics(policy, pairs: list[dict]) -> dict:
             "rejected_logratio": rejected.mean().item()}
 
 
-def evaluator(args, ref, tokenizer, prompts: list[str], pairs: list[dict], judge):
+def evaluator(args, ref, tokenizer, prompts: list[str], pairs: list[dict], judge, more=lambda policy, rows: {}):
     """The function evaluate(policy) -> metrics that a training run calls; see README for the glossary.
 
     prompts: held-out prompt texts, cycled through to args.eval_samples. pairs: held-out, of token ids, the
     first args.eval_samples are used. judge: from load_judge; without one (None) win rate and reward are None.
+    more: function (policy, the rows of responses.jsonl) -> further metrics.
     Each call also leaves args.out/responses.jsonl and samples.md, to read while the run goes on.
     """
     pairs = lm.add_ref_logps(ref, pairs[:args.eval_samples])
@@ -126,6 +127,7 @@ def evaluator(args, ref, tokenizer, prompts: list[str], pairs: list[dict], judge
             "reverse_kl": lm.reverse_kl(policy, ref, prompt_ids, ids).mean().item(),
             "response_length": sum(map(len, ids)) / len(ids),
             **implicit_reward_metrics(policy, pairs),
+            **more(policy, rows),
         }
 
     return evaluate

@@ -102,23 +102,24 @@ def save(model, tokenizer, directory) -> None:
     os.replace(beside, directory)
 
 
-def tiny_directory(corpus: list[tuple[str, str]], device: str = "cpu") -> Path:
-    """The directory of the built-in model, made by SFT on `corpus` if it is not cached.
+def tiny_directory(corpus: list[tuple[str, str]], device: str = "cpu", **changes) -> Path:
+    """The directory of the built-in model, made by SFT on `corpus` if it is not cached. changes: to TINY.
 
     The cache's name is a hash of the settings and the texts, so a changed world gets a model of its own.
     """
-    settings = json.dumps([TINY, corpus, torch.__version__])
+    tiny = {**TINY, **changes}
+    settings = json.dumps([tiny, corpus, torch.__version__])
     key = hashlib.sha256(settings.encode()).hexdigest()[:12]
     directory = Path(os.environ.get("HYPO_CACHE", Path(__file__).parent / ".cache")) / f"tiny-{key}"
     if not directory.exists():
         tokenizer = word_tokenizer([text for pair in corpus for text in pair])
-        torch.manual_seed(TINY["seed"])
+        torch.manual_seed(tiny["seed"])
         model = GPT2LMHeadModel(GPT2Config(
-            vocab_size=len(tokenizer), n_positions=TINY["positions"], n_embd=TINY["width"],
-            n_layer=TINY["layers"], n_head=TINY["heads"], bos_token_id=0, eos_token_id=0,
+            vocab_size=len(tokenizer), n_positions=tiny["positions"], n_embd=tiny["width"],
+            n_layer=tiny["layers"], n_head=tiny["heads"], bos_token_id=0, eos_token_id=0,
             activation_function="gelu_pytorch_tanh",  # GPT-2's gelu_new, fused: half the time of a step
         )).to(device)
-        sft(model, tokenizer, corpus, TINY["sft_steps"], TINY["batch_size"], TINY["lr"], TINY["seed"])
+        sft(model, tokenizer, corpus, tiny["sft_steps"], tiny["batch_size"], tiny["lr"], tiny["seed"])
         directory.parent.mkdir(parents=True, exist_ok=True)
         save(model, tokenizer, directory)
     return directory
