@@ -33,7 +33,7 @@ import hypo
 import lm
 import rlhf
 import run
-from eval import evaluator, implicit_reward_metrics, load_judge, win_rate
+from eval import evaluator, implicit_reward_metrics, load_judge, read_metrics, win_rate
 
 # ---------------------------------------------------------------------------------------------------
 # runs
@@ -41,9 +41,9 @@ from eval import evaluator, implicit_reward_metrics, load_judge, win_rate
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training run; the defaults are what most runs share. Its name holds what differs."""
+    """One job of a seed, most often a training run; the defaults are what most runs share."""
 
-    algorithm: str  # ipo, dpo, bo2, hypo or ppo
+    algorithm: str  # ipo, dpo, bo2, hypo or ppo; or setting, or classify
     source: str = "offline"  # of ipo, dpo and bo2: offline, online, iterative; replay: the pairs of the online run
     beta: float = 0.1
     lr: float = 1.0  # in units of the default learning rate
@@ -53,13 +53,15 @@ class Run:
     rounds: int = 0  # of an iterative run
     window: int = 1  # replay: pairs are shuffled within windows of this many steps; 0: all of them
     width: int = 0  # of the policy; 0: the model that --model names
-    steps: float = 1.0  # share of --steps
+    steps: float = 1.0  # share of the study's steps
+    pairs: float = 1.0  # share of the study's offline pairs
 
     @property
     def name(self) -> str:
+        """Its directory: algorithm and source, and whatever else differs from the defaults."""
         changed = [f"{field.name}-{value:g}" if isinstance(value, (int, float)) else f"{field.name}-{value}"
                    for field in dataclasses.fields(self)[2:] if (value := getattr(self, field.name)) != field.default]
-        return "-".join([self.algorithm, self.source, *changed])
+        return "-".join([self.algorithm, self.source, *changed] if self.source else [self.algorithm, *changed])
 
     @property
     def label(self) -> str:
@@ -73,22 +75,27 @@ GOLDEN = Run("ipo", "online", judge="golden")  # the opponent of every evaluatio
 EARLY = Run("ipo", "online", steps=0.2)  # the online policy as it was early on
 FINAL = Run("ipo", "online")
 OFFLINE = Run("ipo")
+SIDES = {"early": EARLY, "final": FINAL}  # policies whose samples make offline pairs of other kinds
+CLASSIFY = Run("classify", "")
 
 
-def needs(seed: int, job: Run | str) -> list:
-    """The jobs (seed, run, or "setting", or "classify") that must be finished before this one."""
-    if job == "setting":
+def setting_of(job: Run) -> Run:
+    """The job that makes the pairs and the proxy of a run."""
+    return Run("setting", "", pairs=job.pairs)
+
+
+def needs(seed: int, job: Run) -> list[tuple[int, Run]]:
+    """The jobs that must be finished before this one."""
+    if job.algorithm == "setting":
         return []
-    if job == "classify":
+    if job == CLASSIFY:
         return [(seed, FINAL), (seed, OFFLINE)]
-    if job == GOLDEN:
-        return [(seed, "setting")]
-    found = [(seed, GOLDEN)]
+    found = [(seed, setting_of(job))]
+    if job != GOLDEN:
+        found.append((seed, GOLDEN))
     if job.source == "replay":
         found.append((seed, dataclasses.replace(job, source="online", window=1)))
-    for name, policy in (("early", EARLY), ("final", FINAL)):
-        if name in job.data:
-            found.append((seed, policy))
+    found += [(seed, policy) for name, policy in SIDES.items() if name in job.data]
     return found
 
 
@@ -96,13 +103,13 @@ def needs(seed: int, job: Run | str) -> list:
 # the setting of a seed: offline pairs, held-out pairs, the proxy; and what each run is measured on
 
 
-def make_setting(args, out: Path) -> dict:
-    """D_golden, held-out pairs, the best unseen responses, and the proxy reward model, in the directory out."""
+def make_setting(args) -> dict:
+    """D_golden, held-out pairs, the best unseen responses, and the proxy reward model, in args.out."""
     policy, tokenizer = lm.load(args.model, data.sft_corpus, args.device)
     respond = lm.responder(policy, tokenizer, args.max_new_tokens)
     pairs, prompts, held_out, _ = data.load_pairs(None, args.pairs, respond, tokenizer, args.seed)
-    data.write_jsonl(out / "pairs.jsonl", pairs)
-    data.write_jsonl(out / "held_out.jsonl", held_out)
+    data.write_jsonl(args.out / "pairs.jsonl", pairs)
+    data.write_jsonl(args.out / "held_out.jsonl", held_out)
 
     # for some pairs' prompts the best of 32 samples of pi_ref, neither response of the pair among them
     best = []
@@ -112,28 +119,27 @@ def make_setting(args, out: Path) -> dict:
         reward, j = max((data.golden_reward(pair["prompt"], texts[j]), j) for j in range(i, len(texts), len(asked))
                         if texts[j] not in (pair["chosen"], pair["rejected"]))
         best.append({"prompt": pair["prompt"], "response": texts[j], "ids": ids[j], "reward": reward})
-    data.write_jsonl(out / "best.jsonl", best)
+    data.write_jsonl(args.out / "best.jsonl", best)
 
-    args.out, args.reward_lr, args.reward_clip = out, 2 * args.lr, None
     encoded = [lm.encode_pairs(policy, tokenizer, rows, args.max_new_tokens) for rows in (pairs, held_out)]
     rlhf.stage_1(args, policy, tokenizer, respond, encoded[0], prompts, encoded[1], held_out)
-    return {"best_reward": sum(row["reward"] for row in best) / len(best)}
+    return {"golden_correlation": read_metrics(args.out / "reward")[-1]["golden_correlation"]}
 
 
-def make_pairs(kind: str, respond, folder: Path, args) -> list[dict]:
-    """The offline pairs of a kind, all labelled by the golden preference.
+def make_pairs(job: Run, respond, folder: Path, args) -> list[dict]:
+    """The offline pairs that a run learns from, of the kind job.data; the golden preference labels all kinds.
 
     golden: both sides from pi_ref. final-final, sft-early, early-final: sides from pi_ref (sft) and from the
-    online policy at a fifth of its training (early) and at its end (final). covered: both sides from pi_ref
+    online policy after a fifth of its training (early) and at its end (final). covered: both sides from pi_ref
     given that they hold no word of UNCOVERED.
     """
-    if kind == "golden":
-        return data.read_rows(folder / "pairs.jsonl")
+    if job.data == "golden":
+        return data.read_rows(folder / setting_of(job).name / "pairs.jsonl")
 
     def responder(side: str):
         if side == "sft":
             return respond
-        policy, tokenizer = lm.load(str(folder / {"early": EARLY, "final": FINAL}[side].name / "policy"))
+        policy, tokenizer = lm.load(str(folder / SIDES[side].name / "policy"), device=args.device)
         return lm.responder(policy, tokenizer, args.max_new_tokens)
 
     def covered(prompts, seed):
@@ -149,13 +155,13 @@ def make_pairs(kind: str, respond, folder: Path, args) -> list[dict]:
         first, second = first_side(prompts[:half], seed), second_side(prompts[half:], run.seed_of(seed, "second"))
         return first[0] + second[0], first[1] + second[1]
 
-    if kind != "covered":
-        first_side, second_side = map(responder, kind.split("-"))
+    if job.data != "covered":
+        first_side, second_side = map(responder, job.data.split("-"))
     prompts, _ = data.world_prompts()
-    return data.collect_pairs(covered if kind == "covered" else two_sided, prompts, args.pairs, args.seed)
+    return data.collect_pairs(covered if job.data == "covered" else two_sided, prompts, args.pairs, args.seed)
 
 
-def measures(args, ref, tokenizer, pairs: list[dict], folder: Path, proxy):
+def measures(ref, tokenizer, pairs: list[dict], best: list[dict], baseline, proxy):
     """The function (policy, evaluated rows) -> metrics that the studies add to every evaluation.
 
     win_rate_picks, win_rate_judges        against pi_ref on each half of the held-out prompts
@@ -164,21 +170,19 @@ def measures(args, ref, tokenizer, pairs: list[dict], folder: Path, proxy):
     data_accuracy, data_chosen_logratio, data_rejected_logratio     on 256 pairs of D_golden, as labelled
     best_logratio                          log-ratio of good responses that are not in D_golden
     uncovered                              share of responses that say what partial-coverage data never say
+
+    pairs: D_golden as token ids. best: rows of best.jsonl. baseline: the golden baseline's rewards, or None.
     """
     pairs = lm.add_ref_logps(ref, pairs[:256])
-    best = data.read_rows(folder / "best.jsonl")
     prompts, responses = [lm.encode_prompt(tokenizer, row["prompt"]) for row in best], [row["ids"] for row in best]
     with torch.no_grad():
         ref_best = lm.logps(ref, prompts, responses)
-    opponents = {"win_rate": None}
-    baseline = folder / GOLDEN.name / "baseline.json"
-    if baseline.exists():
-        opponents["golden_win_rate"] = json.loads(baseline.read_text())
 
     def more(policy, rows: list[dict]) -> dict:
         rewards, ref_rewards = [row["reward"] for row in rows], [row["ref_reward"] for row in rows]
         texts = [row["response"] for row in rows]
-        metrics = {f"{name}_{half}": win_rate(rewards[start::2], (against or ref_rewards)[start::2])[0]
+        opponents = {"win_rate": ref_rewards, **({"golden_win_rate": baseline} if baseline else {})}
+        metrics = {f"{name}_{half}": win_rate(rewards[start::2], against[start::2])[0]
                    for name, against in opponents.items() for half, start in (("picks", 0), ("judges", 1))}
         judged = proxy([row["prompt"] for row in rows], texts)
         on_data = implicit_reward_metrics(policy, pairs)
@@ -233,54 +237,54 @@ def replay(stream: list[list[dict]], window: int, args):
 # one job, in a process of its own
 
 
-def run_args(options, seed: int, job: Run | str) -> argparse.Namespace:
+def run_args(options, seed: int, job: Run) -> argparse.Namespace:
     """The arguments of a job, as a training command would have them."""
     parser = run.parser("")
     rlhf.add_arguments(parser)
-    args = run.parse(parser, ["--model", options.model, "--seed", str(seed), "--pairs", str(options.pairs),
-                              "--steps", str(options.steps), "--batch-size", str(options.batch_size),
-                              "--eval-every", str(options.eval_every), "--eval-samples", str(options.eval_samples),
-                              "--device", options.device, "--resume"])
-    args.value_lr, args.k = 2 * args.lr, 2
-    if isinstance(job, Run):
-        args.out = options.work / str(seed) / job.name
-        args.beta, args.lr, args.lam, args.width = job.beta, job.lr * args.lr, job.lam, job.width
-        args.loss, args.length_average, args.judge = job.algorithm, False, job.judge
-        args.steps = max(1, round(job.steps * args.steps))
-        args.round_steps = -(-args.steps // job.rounds) if job.rounds else None
+    pairs, steps = max(1, round(job.pairs * options.pairs)), max(1, round(job.steps * options.steps))
+    args = run.parse(parser, [
+        "--model", options.model, "--seed", str(seed), "--pairs", str(pairs), "--steps", str(steps),
+        "--batch-size", str(options.batch_size), "--eval-every", str(options.eval_every),
+        "--eval-samples", str(options.eval_samples), "--beta", str(job.beta), "--device", options.device,
+        "--out", str(options.work / str(seed) / job.name), "--resume"])
+    args.reward_lr = args.value_lr = 2 * args.lr
+    args.lr *= job.lr
+    args.loss, args.length_average, args.judge, args.width = job.algorithm, False, job.judge, job.width
+    args.lam, args.k = job.lam, 2
+    args.round_steps = -(-args.steps // job.rounds) if job.rounds else None
     return args
 
 
-def finished(options, seed: int, job: Run | str) -> bool:
+def finished(options, seed: int, job: Run) -> bool:
     """Whether a job was done with these settings; ValueError if with others."""
-    path = options.work / str(seed) / (f"{job.name}/summary.json" if isinstance(job, Run) else f"{job}.json")
+    args = run_args(options, seed, job)
+    path = args.out / "summary.json"
     if not path.exists():
         return False
-    then, now = json.loads(path.read_text())["settings"], run.settings(run_args(options, seed, job))
+    then, now = json.loads(path.read_text())["settings"], run.settings(args)
     differ = [f"{key} {then.get(key)} (now {now[key]})" for key in now if then.get(key) != now[key]]
     if differ:
-        raise ValueError(f"{path.parent} was made with other settings: {', '.join(differ)}; move {options.work} away, "
-                         "or give the settings it was made with")
+        raise ValueError(f"{args.out} was made with other settings: {', '.join(differ)}; move {options.work} away, or "
+                         "give the settings it was made with")
     return True
 
 
-def execute(options, seed: int, job: Run | str) -> None:
+def execute(options, seed: int, job: Run) -> None:
     """Do one job; what it prints goes to log.txt beside its results."""
     torch.set_num_threads(options.threads)
     args = run_args(options, seed, job)
     settings = run.settings(args)
-    folder = options.work / str(seed)
-    out = args.out if isinstance(job, Run) else folder
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log), \
+    args.out.mkdir(parents=True, exist_ok=True)
+    with open(args.out / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log), \
             contextlib.redirect_stderr(log), run.precision(args):  # no bar where stderr is a file
-        if job == "setting":
-            result, path = make_setting(args, folder), folder / "setting.json"
-        elif job == "classify":
-            result, path = classify(args, folder), folder / "classify.json"
+        folder = options.work / str(seed)
+        if job.algorithm == "setting":
+            result = make_setting(args)
+        elif job == CLASSIFY:
+            result = classify(args, folder)
         else:
-            result, path = train(job, args, folder), out / "summary.json"
-        data.write_text(path, json.dumps({**result, "settings": settings}, indent=1) + "\n")  # it is finished
+            result = train(job, args, folder)
+        data.write_text(args.out / "summary.json", json.dumps({**result, "settings": settings}, indent=1) + "\n")
 
 
 def train(job: Run, args, folder: Path) -> dict:
@@ -291,16 +295,19 @@ def train(job: Run, args, folder: Path) -> dict:
     policy, tokenizer = lm.load(name, data.sft_corpus, args.device)
     ref = lm.frozen_copy(policy)
     encode = lambda rows: lm.encode_pairs(ref, tokenizer, rows, args.max_new_tokens)  # noqa: E731
-    proxy = load_judge(str(folder / "reward" / "model"), args.device)
+    setting = folder / setting_of(job).name
+    proxy = load_judge(str(setting / "reward" / "model"), args.device)
     judge = data.golden_judge if job.judge == "golden" else proxy
     prompts, held_out_prompts = data.world_prompts()
     run.prepare(args, job.label)
-    more = measures(args, ref, tokenizer, encode(data.read_rows(folder / "pairs.jsonl")), folder, proxy)
-    evaluate = evaluator(args, ref, tokenizer, held_out_prompts, encode(data.read_rows(folder / "held_out.jsonl")),
-                         data.golden_judge, more)
+    golden, held_out = (encode(data.read_rows(setting / name)) for name in ("pairs.jsonl", "held_out.jsonl"))
+    baseline = folder / GOLDEN.name / "baseline.json"
+    more = measures(ref, tokenizer, golden, data.read_rows(setting / "best.jsonl"),
+                    json.loads(baseline.read_text()) if job != GOLDEN else None, proxy)
+    evaluate = evaluator(args, ref, tokenizer, held_out_prompts, held_out, data.golden_judge, more)
 
     def offline_pairs():
-        pairs = make_pairs(job.data, lm.responder(ref, tokenizer, args.max_new_tokens), folder, args)
+        pairs = make_pairs(job, lm.responder(ref, tokenizer, args.max_new_tokens), folder, args)
         data.write_jsonl(args.out / "pairs.jsonl", pairs)
         return encode(pairs)
 
@@ -330,13 +337,15 @@ def train(job: Run, args, folder: Path) -> dict:
 
 
 def classify(args, folder: Path) -> dict:
-    """Accuracy against the golden reward (ties of it left out): of the proxy and of the online and the offline
-    policy at their ends, on ten stretches of five steps of the online stream; and of both policies on their own samples.
+    """How often proxy and policies rank two responses as the golden reward does, whose ties are left out.
+
+    The online and the offline policy are those at the end of training. On ten stretches, of five steps each, of
+    the online stream; and each policy on samples of its own.
     """
     ref, tokenizer = lm.load(args.model, data.sft_corpus, args.device)
     ends = {"online": FINAL, "offline": OFFLINE}
     policies = {arm: lm.load(str(folder / job.name / "policy"), device=args.device)[0] for arm, job in ends.items()}
-    proxy = load_judge(str(folder / "reward" / "model"), args.device)
+    proxy = load_judge(str(folder / setting_of(CLASSIFY).name / "reward" / "model"), args.device)
 
     def text(ids):
         return lm.decode(tokenizer, ids)
@@ -400,18 +409,18 @@ def run_jobs(options, jobs: list) -> None:
     """Do what is missing of the jobs and of what they need, options.jobs at a time."""
     jobs = with_needs(jobs)
     done = {job for job in jobs if finished(options, *job)}
-    size = {(seed, job): run_args(options, seed, job).steps if isinstance(job, Run) else 20 for seed, job in jobs}
+    size = {(seed, job): run_args(options, seed, job).steps if job.source else 10 for seed, job in jobs}
     failed, running = {}, {}
 
     def steps_taken(seed, job) -> int:
-        path = run_args(options, seed, job).out / "metrics.jsonl" if isinstance(job, Run) else Path()
-        return path.read_bytes().count(b"\n") - 1 if path.is_file() else 0
+        path = options.work / str(seed) / job.name / "metrics.jsonl"
+        return path.read_bytes().count(b"\n") - 1 if path.exists() else 0
 
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, mp_context=context) as pool, tqdm(
             total=sum(size.values()), desc=f"{len(jobs)} runs", unit="step", disable=None, dynamic_ncols=True) as bar:
         if len(done) < len(jobs):
-            widths = {0} | {job.width for _, job in jobs if isinstance(job, Run)}
+            widths = {0} | {job.width for _, job in jobs}
             list(pool.map(make_model, [options] * len(widths), widths))
         waiting = [job for job in jobs if job not in done]
         while waiting or running:
@@ -433,5 +442,5 @@ def run_jobs(options, jobs: list) -> None:
             bar.refresh()
     if failed:
         raise ValueError("some runs failed, and what needs them was not started; the same command tries again:\n" +
-                         "\n".join(f"  {options.work}/{seed}/{getattr(job, 'name', job)}: {error}"
+                         "\n".join(f"  {options.work}/{seed}/{job.name}: {error}"
                                    for (seed, job), error in failed.items()))

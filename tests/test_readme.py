@@ -14,17 +14,19 @@ import dpo
 import eval  # noqa: A004  only to reach its main; elsewhere always `from eval import ...`
 import hypo
 import rlhf
+import study
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FENCES = re.findall(r"^```(?:sh|bash)\n(.*?)^```", README, flags=re.M | re.S)
 COMMANDS = [command.split(" #")[0].strip() for fence in FENCES for command in fence.splitlines()]
 PROGRAMS = {"hypo.py": hypo.main, "dpo.py": dpo.main, "rlhf.py": rlhf.main, "eval.py": eval.main, "data.py": data.main,
-            "coverage.py": coverage.main}
+            "coverage.py": coverage.main, "study.py": study.main}
 
 # DESIGN: an arrow means "imports"; none runs back, and coverage is a leaf
 ARROWS = {
-    "study": {"hypo", "rlhf", "dpo", "eval", "data", "lm", "run"}, "hypo": {"dpo", "eval", "data", "lm", "run"},
+    "study": {"experiments", "report", "eval", "data", "run"}, "report": {"eval", "data"},
+    "experiments": {"hypo", "rlhf", "dpo", "eval", "data", "lm", "run"}, "hypo": {"dpo", "eval", "data", "lm", "run"},
     "rlhf": {"eval", "data", "lm", "run"}, "dpo": {"eval", "data", "lm", "run"}, "eval": {"data", "lm"},
     "data": set(), "lm": set(), "run": set(), "coverage": set(),
 }
