@@ -111,14 +111,15 @@ def make_setting(args) -> dict:
     data.write_jsonl(args.out / "pairs.jsonl", pairs)
     data.write_jsonl(args.out / "held_out.jsonl", held_out)
 
-    # for some pairs' prompts the best of 32 samples of pi_ref, neither response of the pair among them
+    # for some prompts, the best of 32 samples of pi_ref that are not in the pair, beside the pair's chosen response
     best = []
     asked = pairs[:128]
     texts, ids = respond([pair["prompt"] for pair in asked] * 32, run.seed_of(args.seed, "best"))
     for i, pair in enumerate(asked):
         reward, j = max((data.golden_reward(pair["prompt"], texts[j]), j) for j in range(i, len(texts), len(asked))
                         if texts[j] not in (pair["chosen"], pair["rejected"]))
-        best.append({"prompt": pair["prompt"], "response": texts[j], "ids": ids[j], "reward": reward})
+        best.append({"prompt": pair["prompt"], "chosen": texts[j], "chosen_ids": ids[j], "reward": reward,
+                     "rejected": pair["chosen"], "rejected_ids": pair["chosen_ids"]})
     data.write_jsonl(args.out / "best.jsonl", best)
 
     encoded = [lm.encode_pairs(policy, tokenizer, rows, args.max_new_tokens) for rows in (pairs, held_out)]
@@ -161,7 +162,7 @@ def make_pairs(job: Run, respond, folder: Path, args) -> list[dict]:
     return data.collect_pairs(covered if job.data == "covered" else two_sided, prompts, args.pairs, args.seed)
 
 
-def measures(ref, tokenizer, pairs: list[dict], best: list[dict], baseline, proxy):
+def measures(ref, pairs: list[dict], best: list[dict], baseline, proxy):
     """The function (policy, evaluated rows) -> metrics that the studies add to every evaluation.
 
     win_rate_picks, win_rate_judges        against pi_ref on each half of the held-out prompts
@@ -171,12 +172,9 @@ def measures(ref, tokenizer, pairs: list[dict], best: list[dict], baseline, prox
     best_logratio                          log-ratio of good responses that are not in D_golden
     uncovered                              share of responses that say what partial-coverage data never say
 
-    pairs: D_golden as token ids. best: rows of best.jsonl. baseline: the golden baseline's rewards, or None.
+    pairs: D_golden; best: best.jsonl; both as token ids. baseline: the golden baseline's rewards, or None.
     """
-    pairs = lm.add_ref_logps(ref, pairs[:256])
-    prompts, responses = [lm.encode_prompt(tokenizer, row["prompt"]) for row in best], [row["ids"] for row in best]
-    with torch.no_grad():
-        ref_best = lm.logps(ref, prompts, responses)
+    pairs, best = lm.add_ref_logps(ref, pairs[:256]), lm.add_ref_logps(ref, best)
 
     def more(policy, rows: list[dict]) -> dict:
         rewards, ref_rewards = [row["reward"] for row in rows], [row["ref_reward"] for row in rows]
@@ -186,10 +184,9 @@ def measures(ref, tokenizer, pairs: list[dict], best: list[dict], baseline, prox
                    for name, against in opponents.items() for half, start in (("picks", 0), ("judges", 1))}
         judged = proxy([row["prompt"] for row in rows], texts)
         on_data = implicit_reward_metrics(policy, pairs)
-        with torch.no_grad():
-            best_logratio = (lm.logps(policy, prompts, responses) - ref_best).mean().item()
-        return {**metrics, "sampled_proxy_reward": sum(judged) / len(judged), "best_logratio": best_logratio,
+        return {**metrics, "sampled_proxy_reward": sum(judged) / len(judged),
                 **{f"data_{name}": value for name, value in on_data.items()},
+                "best_logratio": implicit_reward_metrics(policy, best)["chosen_logratio"],
                 "uncovered": sum(bool(UNCOVERED.search(text)) for text in texts) / len(texts)}
 
     return more
@@ -300,10 +297,10 @@ def train(job: Run, args, folder: Path) -> dict:
     judge = data.golden_judge if job.judge == "golden" else proxy
     prompts, held_out_prompts = data.world_prompts()
     run.prepare(args, job.label)
-    golden, held_out = (encode(data.read_rows(setting / name)) for name in ("pairs.jsonl", "held_out.jsonl"))
-    baseline = folder / GOLDEN.name / "baseline.json"
-    more = measures(ref, tokenizer, golden, data.read_rows(setting / "best.jsonl"),
-                    json.loads(baseline.read_text()) if job != GOLDEN else None, proxy)
+    golden, best, held_out = (encode(data.read_rows(setting / name))
+                              for name in ("pairs.jsonl", "best.jsonl", "held_out.jsonl"))
+    baseline = json.loads((folder / GOLDEN.name / "baseline.json").read_text()) if job != GOLDEN else None
+    more = measures(ref, golden, best, baseline, proxy)
     evaluate = evaluator(args, ref, tokenizer, held_out_prompts, held_out, data.golden_judge, more)
 
     def offline_pairs():
@@ -418,7 +415,8 @@ def run_jobs(options, jobs: list) -> None:
 
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, mp_context=context) as pool, tqdm(
-            total=sum(size.values()), desc=f"{len(jobs)} runs", unit="step", disable=None, dynamic_ncols=True) as bar:
+            total=sum(size.values()), initial=sum(size[job] for job in done), desc=f"{len(jobs)} runs", unit="step",
+            disable=None, dynamic_ncols=True) as bar:
         if len(done) < len(jobs):
             widths = {0} | {job.width for _, job in jobs}
             list(pool.map(make_model, [options] * len(widths), widths))

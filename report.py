@@ -5,6 +5,7 @@
 
 import json
 import math
+import statistics
 from pathlib import Path
 
 import data
@@ -60,8 +61,9 @@ def estimate(values: list[float]) -> tuple[float, float, float]:
 
 
 def cell(values: list[float], form: str = ".3f") -> str:
+    """Mean and interval as text."""
     mean, half, _ = estimate(values)
-    return f"{mean:{form}} [{mean - half:{form}}, {mean + half:{form}}]"
+    return f"{mean:{form}} [{mean - half:{form}}, {mean + half:{form}}]" if len(values) > 1 else f"{mean:{form}}"
 
 
 def claim(paper: str, quantity: str, values: list[float], expected: str = "above 0", form: str = "+.3f") -> dict:
@@ -71,15 +73,17 @@ def claim(paper: str, quantity: str, values: list[float], expected: str = "above
     """
     mean, half, error = estimate(values)
     low, high = mean - half, mean + half
-    if expected == "not above 0":
+    if len(values) == 1:
+        verdict = "not resolved"
+    elif expected == "not above 0":
         verdict = "does not hold" if low > 0 else "holds"
     else:
         side = 1 if expected == "above 0" else -1
         verdict = "holds" if min(side * low, side * high) > 0 else (
             "reversed" if max(side * low, side * high) < 0 else "not resolved")
     return {"paper": paper, "quantity": quantity, "expected": expected, "values": values, "mean": mean,
-            "interval": [low, high], "standard_errors": mean / error if error else math.nan, "verdict": verdict,
-            "here": f"{quantity} {cell(values, form)}" + (f", {mean / error:+.1f} s.e." if error else "")}
+            "interval": [low, high], "standard_errors": mean / error if error > 0 else None, "verdict": verdict,
+            "here": f"{quantity} {cell(values, form)}" + (f", {mean / error:+.1f} s.e." if error > 0 else "")}
 
 
 def minus(a: list[dict], b: list[dict], name: str) -> list[float]:
@@ -100,6 +104,7 @@ def peak_row(label: str, results, arm: list) -> dict:
 # drawing
 
 def style(figure, columns: int, height: float = 3.6, width: float = 4.2):
+    """A row of axes; sizes in inches an axis."""
     figure.set_size_inches(width * columns, height)
     axes = figure.subplots(1, columns, squeeze=False)[0]
     for axis in axes:
@@ -107,19 +112,20 @@ def style(figure, columns: int, height: float = 3.6, width: float = 4.2):
     return axes
 
 
-def band(axis, xs, by_seed: list[list[float]], color: str, label: str = "", **line_style) -> None:
-    """Mean over seeds with its 95 % interval; the label stands at the line's end."""
-    stats = [estimate(values) for values in zip(*by_seed)]
-    means = [mean for mean, _, _ in stats]
-    axis.plot(xs, means, color=color, **{"lw": 1.8, **line_style})
-    axis.fill_between(xs, [m - h for m, h, _ in stats], [m + h for m, h, _ in stats], color=color, alpha=0.13, lw=0)
-    label_end(axis, xs[-1], means[-1], label, color)
+def band(axis, xs, by_seed: list[list[float]], color: str, label: str = "", median=False, **line_style) -> None:
+    """Mean over seeds with its 95 % interval, or the median with the seeds' range; the label at the line's end."""
+    stats = [(statistics.median(values), min(values), max(values)) if median else
+             (mean, mean - half, mean + half) for values in zip(*by_seed) for mean, half, _ in [estimate(values)]]
+    middle, low, high = zip(*stats)
+    axis.plot(xs, middle, color=color, **{"lw": 1.8, **line_style})
+    axis.fill_between(xs, low, high, color=color, alpha=0.13, lw=0)
+    label_end(axis, middle[-1], label, color)
 
 
-def label_end(axis, x, y, label: str, color: str) -> None:
+def label_end(axis, y, label: str, color: str) -> None:
     """Remember a label; spread_labels writes them all where they do not touch."""
     if label:
-        axis.labels = [*getattr(axis, "labels", []), (y, x, label, color)]
+        axis.labels = [*getattr(axis, "labels", []), (y, label, color)]
 
 
 def spread_labels(axis) -> None:
@@ -130,15 +136,16 @@ def spread_labels(axis) -> None:
     for y, *_ in labels:
         heights.append(at := max(y, at + gap))
     too_high = max(0.0, at - high)
-    for (_, _, label, color), y in zip(labels, heights):
+    for (_, label, color), y in zip(labels, heights):
         axis.annotate(label, (1.01, y - too_high), xycoords=("axes fraction", "data"), color=color, fontsize=9,
                       va="center", annotation_clip=False)
 
 
 def along(axis, results, run_, name: str, color: str, label: str = "", **line_style) -> None:
-    """A quantity against the step."""
+    """A quantity against the step; of the KL, which is skewed, the median."""
     steps = [line["step"] for line in results[run_][0]]
-    band(axis, steps, [[line[name] for line in lines] for lines in results[run_]], color, label, **line_style)
+    by_seed = [[line[name] for line in lines] for lines in results[run_]]
+    band(axis, steps, by_seed, color, label, median=name == "reverse_kl", **line_style)
     axis.set_xlabel("step")
 
 
@@ -152,7 +159,7 @@ def draw_bins(axis, by_seed: list[dict[int, float]], color: str, label: str = ""
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:g}")
     axis.set_xlabel("KL(policy || pi_ref), nats a sequence")
-    label_end(axis, xs[-1], stats[-1][0], label, color)
+    label_end(axis, stats[-1][0], label, color)
 
 
 def draw_envelope(axis, results, arm: list, color: str, label: str, dots: bool = False) -> None:

@@ -71,7 +71,7 @@ def parse(p: argparse.ArgumentParser, argv=None, may_be_zero=()) -> argparse.Nam
     return args
 
 
-def start(main) -> None:
+def start(main, again="the same command with --resume goes on from the last checkpoint") -> None:
     """Run a command. An error raised by our own files is a sentence for the user; others keep their trace."""
     try:
         main()
@@ -82,7 +82,7 @@ def start(main) -> None:
             raise
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("\ninterrupted; the same command with --resume goes on from the last checkpoint")
+        sys.exit(f"\ninterrupted; {again}")
 
 
 def precision(args):

@@ -380,7 +380,7 @@ def hypo(results, figure):
             axes[2].errorbar(kl, mean, yerr=0 if half != half else half, color=color, marker=marker, capsize=3)
             axes[2].annotate(name_of(lam).replace("HyPO, ", ""), (kl, mean), color=color, fontsize=8, xytext=(5, 5),
                              textcoords="offset points")
-        label_end(axes[2], x[0], y[0][0], label, GRAY)
+        label_end(axes[2], y[0][0], label, GRAY)
     axes[2].set_xlabel("KL at the last step, nats a sequence")
     axes[2].set_ylabel("J = V - beta KL")
     return rows, claims
@@ -515,7 +515,8 @@ def conclude(options, name: str) -> None:
         "evaluations": {job.name: results[job] for job in jobs if job in results},
         **{key: value for key, value in results.items() if isinstance(key, str)},
     }
-    rounded = json.loads(json.dumps(report), parse_float=lambda text: float(f"{float(text):.5g}"))
+    rounded = json.loads(json.dumps(report), parse_float=lambda text: float(f"{float(text):.5g}"),
+                         parse_constant=lambda text: None)  # one seed has no interval
     data.write_text(options.results / f"{name}.json", json.dumps(rounded) + "\n")
     print(f"\n{title} ({name})\n\n{as_text(rows)}\n")
     for line in claims:
@@ -570,4 +571,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run.start(main)
+    run.start(main, again="the same command goes on where it stopped")
