@@ -76,7 +76,7 @@ def claim(paper: str, quantity: str, values: list[float], expected: str = "above
     if len(values) == 1:
         verdict = "not resolved"
     elif expected == "not above 0":
-        verdict = "does not hold" if low > 0 else "holds"
+        verdict = "contradicted" if low > 0 else "not contradicted"
     else:
         side = 1 if expected == "above 0" else -1
         verdict = "holds" if min(side * low, side * high) > 0 else (

@@ -211,10 +211,10 @@ def quality(results, figure):
     peaks = {kind: peak(results, arm) for kind, arm in QUALITY.items()}
     rows = []
     for kind, arm in QUALITY.items():
-        quality = results[f"pairs {kind}"]
-        rows.append({"arm": labels[kind], "reward of the pairs": cell([q["mean"] for q in quality], ".2f"),
-                     "gap in a pair": cell([q["gap"] for q in quality], ".2f"), **peak_row("", results, arm)})
-        rows[-1]["arm"] = labels[kind]
+        pairs = results[f"pairs {kind}"]
+        rows.append({**peak_row(labels[kind], results, arm),
+                     "reward of the pairs": cell([of_seed["mean"] for of_seed in pairs], ".2f"),
+                     "gap in a pair": cell([of_seed["gap"] for of_seed in pairs], ".2f")})
     golden = peaks["golden"]
     claims = [
         claim("Pairs from the final online policy, far better responses, are no better to learn from.",
@@ -229,7 +229,7 @@ def quality(results, figure):
     axes = style(figure, 2)
     draw_dots(axes[0], [(labels[kind], [line[WIN] for line in lines], TEAL) for kind, lines in peaks.items()],
               "peak win rate against the golden baseline")
-    draw_dots(axes[1], [("", [q["mean"] for q in results[f"pairs {kind}"]], GRAY) for kind in QUALITY],
+    draw_dots(axes[1], [("", [of_seed["mean"] for of_seed in results[f"pairs {kind}"]], GRAY) for kind in QUALITY],
               "mean golden reward of the pairs")
     return rows, claims
 
@@ -289,17 +289,17 @@ def classify(results, figure):
 
 def loss(results, figure):
     names = {"ipo": "IPO", "dpo": "DPO", "bo2": "Best-of-2"}
-    rows = [peak_row(f"{names[loss]}, {arm}", results, runs) for loss, arms in LOSSES.items()
+    rows = [peak_row(f"{names[kind]}, {arm}", results, runs) for kind, arms in LOSSES.items()
             for arm, runs in arms.items()]
-    peaks = {loss: {arm: peak(results, runs) for arm, runs in arms.items()} for loss, arms in LOSSES.items()}
-    claims = [claim(f"{names[loss]}: online beats offline.", "difference of the peaks",
-                    minus(arms["online"], arms["offline"], WIN)) for loss, arms in peaks.items()]
+    peaks = {kind: {arm: peak(results, runs) for arm, runs in arms.items()} for kind, arms in LOSSES.items()}
+    claims = [claim(f"{names[kind]}: online beats offline.", "difference of the peaks",
+                    minus(arms["online"], arms["offline"], WIN)) for kind, arms in peaks.items()]
     claims.append(claim("Best-of-2 on the shuffled stream is as good as online.", "peak, online minus shuffled,",
                         minus(peaks["bo2"]["online"], peaks["bo2"]["shuffled"], WIN), "not above 0"))
     axes = style(figure, 1, width=7)
     colors = {"online": RED, "shuffled": GRAY, "offline": TEAL}
-    draw_dots(axes[0], [(f"{names[loss]}, {arm}", [line[WIN] for line in lines], colors[arm])
-                        for loss, arms in peaks.items() for arm, lines in arms.items()],
+    draw_dots(axes[0], [(f"{names[kind]}, {arm}", [line[WIN] for line in lines], colors[arm])
+                        for kind, arms in peaks.items() for arm, lines in arms.items()],
               "peak win rate against the golden baseline")
     return rows, claims
 
