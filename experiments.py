@@ -48,7 +48,7 @@ class Run:
     beta: float = 0.1
     lr: float = 1.0  # in units of the default learning rate
     data: str = "golden"  # which offline pairs: see make_pairs
-    judge: str = "proxy"  # who labels the pairs of an online run
+    judge: str = "proxy"  # who labels an online run's pairs: proxy, golden; implicit: the offline policy's log-ratio
     lam: float = 0.0  # HyPO's
     rounds: int = 0  # of an iterative run
     window: int = 1  # replay: pairs are shuffled within windows of this many steps; 0: all of them
@@ -93,6 +93,8 @@ def needs(seed: int, job: Run) -> list[tuple[int, Run]]:
     found = [(seed, setting_of(job))]
     if job != GOLDEN:
         found.append((seed, GOLDEN))
+    if job.judge == "implicit":
+        found.append((seed, OFFLINE))
     if job.source == "replay":
         found.append((seed, dataclasses.replace(job, source="online", window=1)))
     found += [(seed, policy) for name, policy in SIDES.items() if name in job.data]
@@ -124,7 +126,8 @@ def make_setting(args) -> dict:
 
     encoded = [lm.encode_pairs(policy, tokenizer, rows, args.max_new_tokens) for rows in (pairs, held_out)]
     rlhf.stage_1(args, policy, tokenizer, respond, encoded[0], prompts, encoded[1], held_out)
-    return {"golden_correlation": read_metrics(args.out / "reward")[-1]["golden_correlation"]}
+    learned = read_metrics(args.out / "reward")[-1]
+    return {name: learned[name] for name in ("reward_accuracy", "golden_correlation")}
 
 
 def make_pairs(job: Run, respond, folder: Path, args) -> list[dict]:
@@ -160,6 +163,19 @@ def make_pairs(job: Run, respond, folder: Path, args) -> list[dict]:
         first_side, second_side = map(responder, job.data.split("-"))
     prompts, _ = data.world_prompts()
     return data.collect_pairs(covered if job.data == "covered" else two_sided, prompts, args.pairs, args.seed)
+
+
+def implicit_judge(policy, ref, tokenizer, max_new_tokens: int):
+    """A policy's implicit reward as a judge: log pi(y|x) / pi_ref(y|x), nats."""
+    @torch.no_grad()
+    def judge(prompts: list[str], responses: list[str], batch_size: int = 64) -> list[float]:
+        rewards = []
+        for i in range(0, len(prompts), batch_size):
+            rows = ([lm.encode_prompt(tokenizer, text) for text in prompts[i:i + batch_size]],
+                    [lm.encode_response(tokenizer, text, max_new_tokens) for text in responses[i:i + batch_size]])
+            rewards += (lm.logps(policy, *rows) - lm.logps(ref, *rows)).tolist()
+        return rewards
+    return judge
 
 
 def measures(ref, pairs: list[dict], best: list[dict], baseline, proxy):
@@ -294,7 +310,10 @@ def train(job: Run, args, folder: Path) -> dict:
     encode = lambda rows: lm.encode_pairs(ref, tokenizer, rows, args.max_new_tokens)  # noqa: E731
     setting = folder / setting_of(job).name
     proxy = load_judge(str(setting / "reward" / "model"), args.device)
-    judge = data.golden_judge if job.judge == "golden" else proxy
+    judge = {"proxy": proxy, "golden": data.golden_judge}.get(job.judge)
+    if job.judge == "implicit":
+        offline_policy, _ = lm.load(str(folder / OFFLINE.name / "policy"), device=args.device)
+        judge = implicit_judge(offline_policy, ref, tokenizer, args.max_new_tokens)
     prompts, held_out_prompts = data.world_prompts()
     run.prepare(args, job.label)
     golden, best, held_out = (encode(data.read_rows(setting / name))

@@ -204,14 +204,21 @@ def as_markdown(report: dict) -> str:
         "", f"![{report['title']}]({report['study']}.png)", "",
         "| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |",
         *("| " + " | ".join(row.values()) + " |" for row in report["table"]), "",
-        *(f"- {line['paper']} Here: {line['here']}: **{line['verdict']}**." for line in report["claims"])]) + "\n"
+        *(f"- {sentence(line, '**')}" for line in report["claims"])]) + "\n"
+
+
+def sentence(line: dict, bold: str = "") -> str:
+    """A claim in words."""
+    here = f"Here: {line['here']}" if line["paper"] else line["here"]
+    return f"{line['paper']} {here}: {bold}{line['verdict']}{bold}.".strip()
 
 
 def verdicts(report: dict) -> str:
-    """A study's rows in the README's table."""
+    """A study's rows in the README's table; what only continues a claim is left to results/README.md."""
     link = f"[{report['study']}](results/README.md#{report['study']})"
+    claims = [line for line in report["claims"] if line["paper"][:1].isupper()]
     return "\n".join(f"| {link if i == 0 else ''} | {line['paper']} | {line['here']} | {line['verdict']} |"
-                     for i, line in enumerate(report["claims"]))
+                     for i, line in enumerate(claims))
 
 
 BEGIN, END = "<!-- written by study.py from results/*.json: begin -->", "<!-- end -->"

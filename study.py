@@ -9,7 +9,7 @@ same labels; the setting is in experiments.py.
 
     goodhart      online against offline IPO at equal KL, and what over-optimisation is (their Figure 1)
     algorithms    IPO, DPO, HyPO and PPO on the same pairs and the same proxy
-    proxy         the same with a fifth of the pairs, from which a far worse proxy is learned
+    proxy         the same with a better proxy, and with a far worse one, learned from a fifth of the pairs
     coverage      is it the data? the online run's own pairs, replayed in order and shuffled (Figures 4, 13)
     quality       is it better responses? offline pairs from better policies (Figures 5, 12)
     classify      is it better classification? proxy and policies as classifiers (Figures 6, 7, 8)
@@ -58,6 +58,7 @@ from report import (
     minus,
     peak,
     peak_row,
+    sentence,
     spread_labels,
     style,
     write_readmes,
@@ -80,6 +81,7 @@ ONLINE_IPO, OFFLINE_IPO = sweep("ipo", "online"), sweep("ipo", lrs=(1.0, 0.4))
 DPO, PPO = sweep("dpo"), sweep("ppo", steps=0.6)
 HYPO = [Run("hypo", lam=lam) for lam in (0.001, 0.004, 0.016)]
 REPLAYS = {window: Run("ipo", "replay", window=window) for window in (1, 4, 32, 0)}  # 0: shuffled as a whole
+IMPLICIT = sweep("ipo", "online", judge="implicit")
 FEW = {"online": sweep("ipo", "online", pairs=0.2), "offline": sweep("ipo", lrs=(1.0, 0.4), pairs=0.2)}
 QUALITY = {kind: sweep("ipo", data=kind) for kind in ("golden", "final-final", "sft-early", "early-final")}
 BO2 = {source: [Run("bo2", source, lr=lr, window=window) for lr in (1.0, 0.4)]
@@ -117,9 +119,9 @@ def goodhart(results, figure):
         best = peak(results, [run_])
         fall, rise = ([line["last"][name] - line[name] for line in best] for name in (WIN, "sampled_proxy_reward"))
         claims += [
-            claim(f"Past its peak the {arm} policy gets worse,", "win rate, last step minus peak, beta 0.03,", fall,
+            claim(f"Past its peak the {arm} policy gets worse.", "win rate, last step minus peak, beta 0.03,", fall,
                   "below 0"),
-            claim("while the proxy likes it better (Goodhart's law).", "change of its reward", rise, form="+.2f")]
+            claim("Meanwhile the proxy likes it better (Goodhart's law).", "change of its reward", rise, form="+.2f")]
     axes = style(figure, 3)
     draw_envelope(axes[0], results, ONLINE_IPO, RED, "online", dots=True)
     draw_envelope(axes[0], results, OFFLINE_IPO, TEAL, "offline", dots=True)
@@ -153,25 +155,34 @@ def algorithms(results, figure):
 
 
 def proxy(results, figure):
-    arms = {1.0: {"online": ONLINE_IPO, "offline": OFFLINE_IPO}, 0.2: FEW}
-    number = lambda share: f"{results['pairs'] * share:g} pairs"  # noqa: E731
-    rows, gaps = [], {}
-    for share, both in arms.items():
-        for arm, runs in both.items():
-            correlation = cell(results[f"{setting_of(runs[0]).name} proxy"], ".2f")
-            rows.append({**peak_row(f"{number(share)}, {arm}", results, runs), "proxy's correlation": correlation})
-        gaps[share] = minus(peak(results, both["online"]), peak(results, both["offline"]), WIN)
-    claims = [claim("The online peak is higher." if share == 1 else "", f"{number(share)}, difference of the peaks",
-                    values) for share, values in gaps.items()]
-    claims.append(claim("A better proxy widens the online advantage (expected, not tested, by the paper).",
-                        f"the difference at {number(1.0)} minus that at {number(0.2)}",
-                        [a - b for a, b in zip(gaps[1.0], gaps[0.2])]))
+    many, few = (f"{results['pairs'] * share:g} pairs" for share in (1.0, 0.2))
+    arms = {f"{many}, online": ONLINE_IPO, f"{many}, online, implicit proxy": IMPLICIT, f"{many}, offline": OFFLINE_IPO,
+            f"{few}, online": FEW["online"], f"{few}, offline": FEW["offline"]}
+    peaks = {label: peak(results, arm) for label, arm in arms.items()}
+    by_proxy = {label: results[f"{setting_of(arm[0]).name} accuracy"] for label, arm in arms.items()}
+    by_proxy[f"{many}, online, implicit proxy"] = [line["accuracy"] for line in last(results, OFFLINE)]
+    rows = [{**peak_row(label, results, arm), "the proxy's accuracy": cell(by_proxy[label]) if "online" in label else ""}
+            for label, arm in arms.items()]
+    over_offline = {label: minus(peaks[label], peaks[f"{label.partition(',')[0]}, offline"], WIN)
+                    for label in arms if "online" in label}
+    claims = [claim("The online peak is higher." if i == 0 else "", f"{label}: peak minus offline peak,", values)
+              for i, (label, values) in enumerate(over_offline.items())]
+    implicit, learned = (f"{many}, online, implicit proxy", f"{many}, online")
+    claims += [claim("A better proxy widens the advantage (the paper expects it, untested).",
+                     "peak, with the implicit proxy minus with the reward model,",
+                     minus(peaks[implicit], peaks[learned], WIN)),
+               claim("", "and its accuracy on held-out pairs, implicit minus reward model,",
+                     [a - b for a, b in zip(by_proxy[implicit], by_proxy[learned])]),
+               claim("", f"and the advantage with {many} minus that with {few}",
+                     [a - b for a, b in zip(over_offline[learned], over_offline[f"{few}, online"])])]
     axes = style(figure, 2)
-    for axis, (share, both) in zip(axes, arms.items()):
-        draw_envelope(axis, results, both["online"], RED, "online", dots=True)
-        draw_envelope(axis, results, both["offline"], TEAL, "offline", dots=True)
-        axis.set_title(f"IPO, {number(share)}", fontsize=10)
-        axis.set_ylim(0, 0.65)
+    colors = [RED, COLORS["online dpo"], TEAL, RED, TEAL]
+    for (label, arm), color in zip(arms.items(), colors):
+        axis = axes[0 if label.startswith(many) else 1]
+        axis.set_title(f"IPO, {label.partition(',')[0]}", fontsize=10)
+        draw_envelope(axis, results, arm, color, label.partition(", ")[2], dots=True)
+    for axis in axes:
+        axis.set_ylim(0, 0.75)
     return rows, claims
 
 
@@ -443,7 +454,7 @@ STUDIES = {
     "goodhart": (goodhart, [*ONLINE_IPO, *OFFLINE_IPO], "Online against offline at equal KL"),
     "algorithms": (algorithms, [*ONLINE_IPO, *OFFLINE_IPO, *DPO, *HYPO, *PPO], "Five algorithms, the same pairs"),
     "coverage": (coverage, [FINAL, OFFLINE, *REPLAYS.values()], "Is it the data that online training sees?"),
-    "proxy": (proxy, [*ONLINE_IPO, *OFFLINE_IPO, *FEW["online"], *FEW["offline"]],
+    "proxy": (proxy, [*ONLINE_IPO, *IMPLICIT, *OFFLINE_IPO, *FEW["online"], *FEW["offline"]],
               "How much does online training owe to its proxy?"),
     "quality": (quality, [run_ for runs in QUALITY.values() for run_ in runs], "Is it the quality of the responses?"),
     "classify": (classify, [CLASSIFY, *ONLINE_IPO, *OFFLINE_IPO, REPLAYS[0]], "Is it better classification?"),
@@ -468,7 +479,7 @@ def load_results(options, jobs: list[Run]) -> dict:
                       if "reverse_kl" in line] for folder in folders] for job in jobs if job != CLASSIFY}
     results["core-minutes"] = sum(summary.get("seconds", 0) for job in jobs for summary in summaries(job)) / 60
     for setting in {setting_of(job) for job in jobs}:
-        results[f"{setting.name} proxy"] = [summary["golden_correlation"] for summary in summaries(setting)]
+        results[f"{setting.name} accuracy"] = [summary["reward_accuracy"] for summary in summaries(setting)]
     if CLASSIFY in jobs:
         results["classify"] = summaries(CLASSIFY)
     if REPLAYS[1] in jobs:
@@ -520,7 +531,7 @@ def conclude(options, name: str) -> None:
     data.write_text(options.results / f"{name}.json", json.dumps(rounded) + "\n")
     print(f"\n{title} ({name})\n\n{as_text(rows)}\n")
     for line in claims:
-        print(f"- {line['paper']} Here: {line['here']}: {line['verdict']}.")
+        print("-", sentence(line))
     print(f"\n{options.results}/{name}.png, {options.results}/{name}.json")
 
 
