@@ -50,6 +50,16 @@ def envelope(results, arm: list) -> list[dict[int, float]]:
     return by_seed
 
 
+def at_equal_kl(results, arm: list, other: list) -> list[dict[int, float]]:
+    """For each seed: bin of KL that both arms reach -> difference of their envelopes there."""
+    return [{i: a[i] - b[i] for i in sorted(a.keys() & b.keys())}
+            for a, b in zip(envelope(results, arm), envelope(results, other))]
+
+
+def mean_over_bins(by_seed: list[dict[int, float]]) -> list[float]:
+    return [sum(bins.values()) / len(bins) for bins in by_seed]
+
+
 def estimate(values: list[float]) -> tuple[float, float, float]:
     """(mean, half of Student's 95 % interval, standard error) over seeds; one seed has no interval."""
     n = len(values)

@@ -9,7 +9,7 @@ same labels; the setting is in experiments.py.
 
     goodhart      online against offline IPO at equal KL, and what over-optimisation is (their Figure 1)
     algorithms    IPO, DPO, HyPO and PPO on the same pairs and the same proxy
-    proxy         the same with a better proxy, and with a far worse one, learned from a fifth of the pairs
+    proxy         the same with another proxy, the offline policy itself, and with one from a fifth of the pairs
     coverage      is it the data? the online run's own pairs, replayed in order and shuffled (Figures 4, 13)
     quality       is it better responses? offline pairs from better policies (Figures 5, 12)
     classify      is it better classification? proxy and policies as classifiers (Figures 6, 7, 8)
@@ -45,16 +45,17 @@ from report import (
     WIN,
     along,
     as_text,
+    at_equal_kl,
     band,
     cell,
     claim,
     draw_bins,
     draw_dots,
     draw_envelope,
-    envelope,
     estimate,
     label_end,
     last,
+    mean_over_bins,
     minus,
     peak,
     peak_row,
@@ -106,12 +107,11 @@ RED, TEAL, GRAY = COLORS["online ipo"], COLORS["ipo"], "#6b7280"
 
 def goodhart(results, figure):
     online, offline = peak(results, ONLINE_IPO), peak(results, OFFLINE_IPO)
-    by_bin = [{i: on[i] - off[i] for i in on.keys() & off.keys()}
-              for on, off in zip(envelope(results, ONLINE_IPO), envelope(results, OFFLINE_IPO))]
+    by_bin = at_equal_kl(results, ONLINE_IPO, OFFLINE_IPO)
     strayed = {"online": ONLINE_IPO[0], "offline": OFFLINE_IPO[0]}  # beta 0.03, the least held back
     claims = [
         claim("At equal KL the online policy wins more.", "online minus offline, mean over the bins of KL both reach,",
-              [sum(bins.values()) / len(bins) for bins in by_bin]),
+              mean_over_bins(by_bin)),
         claim("The online peak is higher.", "difference of the peaks", minus(online, offline, WIN)),
         claim("The same against pi_ref:", "difference of the peaks", minus(online, offline, "win_rate_judges")),
     ]
@@ -161,14 +161,18 @@ def proxy(results, figure):
     peaks = {label: peak(results, arm) for label, arm in arms.items()}
     by_proxy = {label: results[f"{setting_of(arm[0]).name} accuracy"] for label, arm in arms.items()}
     by_proxy[f"{many}, online, implicit proxy"] = [line["accuracy"] for line in last(results, OFFLINE)]
-    rows = [{**peak_row(label, results, arm), "the proxy's accuracy": cell(by_proxy[label]) if "online" in label else ""}
+    rows = [{**peak_row(label, results, arm), "its proxy's accuracy": cell(by_proxy[label]) * ("online" in label)}
             for label, arm in arms.items()]
     over_offline = {label: minus(peaks[label], peaks[f"{label.partition(',')[0]}, offline"], WIN)
                     for label in arms if "online" in label}
     claims = [claim("The online peak is higher." if i == 0 else "", f"{label}: peak minus offline peak,", values)
               for i, (label, values) in enumerate(over_offline.items())]
     implicit, learned = (f"{many}, online, implicit proxy", f"{many}, online")
-    claims += [claim("A better proxy widens the advantage (the paper expects it, untested).",
+    claims += [claim("At equal KL the online policy wins more." if i == 0 else "",
+                     f"{label}: minus offline, mean over the bins of KL both reach,",
+                     mean_over_bins(at_equal_kl(results, arms[label], arms[f"{label.partition(',')[0]}, offline"])))
+               for i, label in enumerate(over_offline)]
+    claims += [claim("A more accurate proxy widens the advantage (expected, not tested).",
                      "peak, with the implicit proxy minus with the reward model,",
                      minus(peaks[implicit], peaks[learned], WIN)),
                claim("", "and its accuracy on held-out pairs, implicit minus reward model,",
@@ -258,7 +262,7 @@ def classify(results, figure):
              "... first tenth": cell([s[key][0] for s in stream]), "... last tenth": cell([s[key][-1] for s in stream]),
              "its own samples": cell([s[f"{key}_self"] for s in stream]) if key != "proxy" else "",
              "D_golden": cell([line["data_accuracy"] for line in end]) if end else "",
-             "held-out pairs": cell([line["accuracy"] for line in end]) if end else ""}
+             "held-out pairs": cell([line["accuracy"] for line in end] if end else results["setting accuracy"])}
             for label, key, end in (("proxy", "proxy", None), ("online policy", "online", on),
                                     ("offline policy", "offline", off))]
     claims = [
@@ -300,8 +304,8 @@ def classify(results, figure):
 
 def loss(results, figure):
     names = {"ipo": "IPO", "dpo": "DPO", "bo2": "Best-of-2"}
-    rows = [peak_row(f"{names[kind]}, {arm}", results, runs) for kind, arms in LOSSES.items()
-            for arm, runs in arms.items()]
+    rows = [peak_row(f"{names[kind]}, {arm}" + " (beta 0.1 only)" * (len(runs) == 1), results, runs)
+            for kind, arms in LOSSES.items() for arm, runs in arms.items()]
     peaks = {kind: {arm: peak(results, runs) for arm, runs in arms.items()} for kind, arms in LOSSES.items()}
     claims = [claim(f"{names[kind]}: online beats offline.", "difference of the peaks",
                     minus(arms["online"], arms["offline"], WIN)) for kind, arms in peaks.items()]
@@ -323,9 +327,10 @@ def scale(results, figure):
     log_widths = torch.tensor([math.log2(width) for width in gaps])
     slopes = [(torch.cov(torch.stack([log_widths, torch.tensor(by_width)]))[0, 1] / log_widths.var()).item()
               for by_width in zip(*gaps.values())]
-    claims = [claim(f"The gap does not close with size: width {width}.", "peak, online minus offline,", values)
-              for width, values in gaps.items()]
-    claims.append(claim("It narrows slowly.", "change of the gap with each doubling of the width", slopes, "below 0"))
+    claims = [claim("The gap is there at every size." if i == 0 else "", f"width {width}: peak, online minus offline,",
+                    values) for i, (width, values) in enumerate(gaps.items())]
+    claims.append(claim("It narrows slowly with size.", "change of the gap with each doubling of the width", slopes,
+                        "below 0"))
     axes = style(figure, 2)
     widths = list(gaps)
     for arm, color in (("online", RED), ("offline", TEAL)):
@@ -405,11 +410,13 @@ def extrapolate(results, figure):
     claims = []
     for label, run_ in arms.items():
         end = last(results, run_)
-        claims += [claim(f"{label}: the best unseen response becomes likelier.", "its log-ratio, nats,",
-                         [line["best_logratio"] for line in end], form="+.1f"),
-                   claim("... while the preferred ones of the data become less likely.", "their log-ratio, nats,",
+        early = [lines[len(lines) // 4] for lines in results[run_]]
+        claims += [claim(f"{label}: the best unseen response becomes likelier.", "log-ratio at a quarter of training, "
+                         "nats,", [line["best_logratio"] for line in early], form="+.1f"),
+                   claim("", "at the last step", [line["best_logratio"] for line in end], form="+.1f"),
+                   claim("... while the preferred ones of the data become less likely.", "log-ratio at the last step,",
                          [line["data_chosen_logratio"] for line in end], "below 0", "+.1f"),
-                   claim("(In relation to them it gains.)", "log-ratio, unseen best minus preferred, nats,",
+                   claim("", "unseen best minus preferred,",
                          [line["best_logratio"] - line["data_chosen_logratio"] for line in end], form="+.1f")]
     axes = style(figure, 4, width=3.3)
     colors = {"unseen best": "#15803d", "preferred": "#1d4ed8", "rejected": "#b91c1c"}
