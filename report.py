@@ -56,6 +56,12 @@ def at_equal_kl(results, arm: list, other: list) -> list[dict[int, float]]:
             for a, b in zip(envelope(results, arm), envelope(results, other))]
 
 
+def reached(by_seed: list[dict[int, float]]) -> dict[tuple[float, float], list[float]]:
+    """Bins of KL that at least four of five seeds reach: (low, high) edge -> the values of those seeds."""
+    bins = {(EDGES[i - 1], EDGES[i]): [bins[i] for bins in by_seed if i in bins] for i in range(1, len(EDGES))}
+    return {edges: values for edges, values in bins.items() if len(values) >= 0.8 * len(by_seed)}
+
+
 def mean_over_bins(by_seed: list[dict[int, float]]) -> list[float]:
     return [sum(bins.values()) / len(bins) for bins in by_seed]
 
@@ -160,10 +166,10 @@ def along(axis, results, run_, name: str, color: str, label: str = "", **line_st
 
 
 def draw_bins(axis, by_seed: list[dict[int, float]], color: str, label: str = "") -> None:
-    """Mean and interval in every bin of KL that at least four of five seeds reach."""
-    bins = [i for i in range(1, len(EDGES)) if sum(i in bins for bins in by_seed) >= 0.8 * len(by_seed)]
-    xs = [math.sqrt(EDGES[i - 1] * EDGES[i]) for i in bins]
-    stats = [estimate([bins[i] for bins in by_seed if i in bins]) for i in bins]
+    """Mean and interval in every bin of KL that most seeds reach."""
+    bins = reached(by_seed)
+    xs = [math.sqrt(low * high) for low, high in bins]
+    stats = [estimate(values) for values in bins.values()]
     axis.plot(xs, [mean for mean, _, _ in stats], color=color, lw=1.8)
     axis.fill_between(xs, [m - h for m, h, _ in stats], [m + h for m, h, _ in stats], color=color, alpha=0.13, lw=0)
     axis.set_xscale("log", base=2)

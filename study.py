@@ -59,6 +59,7 @@ from report import (
     minus,
     peak,
     peak_row,
+    reached,
     sentence,
     spread_labels,
     style,
@@ -112,6 +113,7 @@ def goodhart(results, figure):
     claims = [
         claim("At equal KL the online policy wins more.", "online minus offline, mean over the bins of KL both reach,",
               mean_over_bins(by_bin)),
+        *(claim("", f"at a KL of {low:g} to {high:g} nats", values) for (low, high), values in reached(by_bin).items()),
         claim("The online peak is higher.", "difference of the peaks", minus(online, offline, WIN)),
         claim("The same against pi_ref:", "difference of the peaks", minus(online, offline, "win_rate_judges")),
     ]
