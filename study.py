@@ -115,7 +115,7 @@ def goodhart(results, figure):
               mean_over_bins(by_bin)),
         *(claim("", f"at a KL of {low:g} to {high:g} nats", values) for (low, high), values in reached(by_bin).items()),
         claim("The online peak is higher.", "difference of the peaks", minus(online, offline, WIN)),
-        claim("The same against pi_ref:", "difference of the peaks", minus(online, offline, "win_rate_judges")),
+        claim("Against pi_ref, too.", "difference of the peaks", minus(online, offline, "win_rate_judges")),
     ]
     for arm, run_ in strayed.items():
         best = peak(results, [run_])
@@ -203,7 +203,7 @@ def coverage(results, figure):
          "verdict": "holds" if equal == seeds else "does not hold"},
         claim("Shuffled as a whole, the same pairs are no longer as good: freshness counts, not the data's range.",
               "peak, online minus shuffled,", minus(peaks["online"], peaks["as a whole"], WIN)),
-        claim("", "last step, online minus shuffled,",
+        claim("The same at the last step.", "online minus shuffled,",
               minus(last(results, FINAL), last(results, REPLAYS[0]), WIN)),
         claim("Small windows cost nothing.", "peak, within 4 steps minus online,",
               minus(peaks["shuffled within 4 steps"], peaks["online"], WIN), "not above 0"),
@@ -270,19 +270,19 @@ def classify(results, figure):
     claims = [
         claim("The proxy classifies the online stream better than the online policy does.", "difference in accuracy",
               [a - b for a, b in zip(mean_of("proxy"), mean_of("online"))]),
-        claim("... and better than the offline policy.", "difference in accuracy",
+        claim("And better than the offline policy does.", "difference in accuracy",
               [a - b for a, b in zip(mean_of("proxy"), mean_of("offline"))]),
         claim("The proxy gets worse as the stream drifts away from its data.", "last tenth minus first tenth",
               [s["proxy"][-1] - s["proxy"][0] for s in stream], "below 0"),
         claim("The offline policy is the better classifier of D_golden.", "offline minus online policy, last step,",
               minus(off, on, "data_accuracy")),
-        claim("... and yet the worse policy.", "win rate, offline minus online,", minus(off, on, WIN), "below 0"),
+        claim("And yet the worse policy.", "win rate, offline minus online,", minus(off, on, WIN), "below 0"),
         claim("Accuracy does not predict the win rate.", "correlation over the offline arm's checkpoints",
               correlation, "not above 0", "+.2f"),
         claim("The chosen response's log-prob falls in offline training.", "log-ratio at the last step, nats,",
               [line["data_chosen_logratio"] for line in off], "below 0", "+.1f"),
-        claim("... and online.", "log-ratio at the last step, nats,", [line["data_chosen_logratio"] for line in on],
-              "below 0", "+.1f"),
+        claim("In online training, too.", "log-ratio at the last step, nats,",
+              [line["data_chosen_logratio"] for line in on], "below 0", "+.1f"),
         claim("A policy cannot classify its own samples.", "online policy's accuracy minus 1/2",
               [s["online_self"] - 0.5 for s in stream], "not above 0"),
     ]
@@ -368,18 +368,18 @@ def hypo(results, figure):
     claims = [
         claim("HyPO wins more than DPO.", "win rate against pi_ref, lam 0.004 minus DPO,",
               minus(ours, base, "win_rate")),
-        claim("... at a smaller reverse KL.", "log of the ratio of the KLs",
+        claim("It keeps a smaller reverse KL.", "log of the ratio of the KLs",
               [math.log(a["reverse_kl"] / b["reverse_kl"]) for a, b in zip(ours, base)], "below 0", "+.2f"),
         claim("The objective is larger.", "J, lam 0.004 minus DPO,",
               [a - b for a, b in zip(objective(FULL_COVER[0.004]), objective(FULL_COVER[0.0]))], form="+.2f"),
         claim("The larger lam, the smaller the KL.", "largest step of log KL from one lam to the next",
               [max(math.log(b / a) for a, b in zip(kls, kls[1:])) for kls in zip(*kl_over_lam)], "below 0", "+.2f"),
-        claim("With data that miss a part, the KL still holds.", "log of the ratio of the KLs, lam 0.004 to DPO,",
+        claim("With data that miss a part the KL is smaller, too.", "log of the ratio of the KLs, lam 0.004 to DPO,",
               [math.log(a["reverse_kl"] / b["reverse_kl"]) for a, b in
                zip(last(results, PARTIAL[0.004]), last(results, PARTIAL[0.0]))], "below 0", "+.2f"),
-        claim("... and the objective is larger.", "J, lam 0.004 minus DPO,",
+        claim("And the objective larger.", "J, lam 0.004 minus DPO,",
               [a - b for a, b in zip(objective(PARTIAL[0.004]), objective(PARTIAL[0.0]))], form="+.2f"),
-        claim("... and less is said that the data never show.", "share of such responses, lam 0.004 minus DPO,",
+        claim("And less is said that the data never show.", "share of such responses, lam 0.004 minus DPO,",
               minus(last(results, PARTIAL[0.004]), last(results, PARTIAL[0.0]), "uncovered"), "below 0"),
     ]
     axes = style(figure, 3)
@@ -405,7 +405,7 @@ def hypo(results, figure):
 
 
 def extrapolate(results, figure):
-    arms = {"DPO": Run("dpo"), "HyPO": Run("hypo", lam=0.004), "online IPO": FINAL, "PPO": Run("ppo", steps=0.6)}
+    arms = {"DPO": Run("dpo"), "HyPO": Run("hypo", lam=0.004), "Online IPO": FINAL, "PPO": Run("ppo", steps=0.6)}
     names = {"unseen best": "best_logratio", "preferred": "data_chosen_logratio", "rejected": "data_rejected_logratio"}
     rows = [{"run": label, **{f"{name}, nats": cell([line[key] for line in last(results, run_)], "+.1f")
                               for name, key in names.items()}} for label, run_ in arms.items()]
@@ -415,7 +415,8 @@ def extrapolate(results, figure):
         early = [lines[len(lines) // 4] for lines in results[run_]]
         claims += [claim(f"{label}: the best unseen response becomes likelier.", "log-ratio at a quarter of training, "
                          "nats,", [line["best_logratio"] for line in early], form="+.1f"),
-                   claim("", "at the last step", [line["best_logratio"] for line in end], form="+.1f"),
+                   claim(f"{label}: to the end.", "the same at the last step",
+                         [line["best_logratio"] for line in end], form="+.1f"),
                    claim("... while the preferred ones of the data become less likely.", "log-ratio at the last step,",
                          [line["data_chosen_logratio"] for line in end], "below 0", "+.1f"),
                    claim("", "unseen best minus preferred,",
