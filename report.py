@@ -146,15 +146,15 @@ def label_end(axis, y, label: str, color: str) -> None:
 
 def spread_labels(axis) -> None:
     """Write the labels of the lines' ends to the right of the axis, at least a line's height apart."""
-    low, high = axis.get_ylim()
-    at, gap, heights = -math.inf, 0.07 * (high - low), []
+    to_axes = axis.transData + axis.transAxes.inverted()
+    at, heights = -math.inf, []
     labels = sorted(getattr(axis, "labels", []))
     for y, *_ in labels:
-        heights.append(at := max(y, at + gap))
-    too_high = max(0.0, at - high)
+        heights.append(at := max(to_axes.transform((axis.get_xlim()[0], y))[1], at + 0.07))
+    too_high = max(0.0, at - 1)
     for (_, label, color), y in zip(labels, heights):
-        axis.annotate(label, (1.01, y - too_high), xycoords=("axes fraction", "data"), color=color, fontsize=9,
-                      va="center", annotation_clip=False)
+        axis.annotate(label, (1.01, y - too_high), xycoords="axes fraction", color=color, fontsize=9, va="center",
+                      annotation_clip=False)
 
 
 def along(axis, results, run_, name: str, color: str, label: str = "", **line_style) -> None:
@@ -215,7 +215,7 @@ def as_markdown(report: dict) -> str:
     """A study's part of results/README.md, from its JSON."""
     columns = list(report["table"][0])
     return "\n".join([
-        f"## {report['study']}", "", f"{report['title']}: `{report['command']}`, seeds {report['seeds'][0]} to "
+        f"## {report['study']}", "", f"**{report['title']}** `{report['command']}`, seeds {report['seeds'][0]} to "
         f"{report['seeds'][-1]}; {report['core-minutes']:.0f} minutes of training on one core ({report['hardware']}).",
         "", f"![{report['title']}]({report['study']}.png)", "",
         "| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |",

@@ -387,7 +387,9 @@ def hypo(results, figure):
         color = COLORS["hypo" if lam else "dpo"]
         along(axes[0], results, FULL_COVER[lam], "reverse_kl", color, name_of(lam), alpha=alpha)
         along(axes[1], results, FULL_COVER[lam], "win_rate", color, name_of(lam), alpha=alpha)
-    axes[0].set_ylabel("KL(policy || pi_ref), nats a sequence")
+    axes[0].set_yscale("function", functions=(lambda kl: abs(kl) ** 0.5, lambda root: root**2))
+    axes[0].set_ylim(0)
+    axes[0].set_ylabel("KL(policy || pi_ref), nats (square-root scale)")
     axes[1].set_ylabel("win rate against pi_ref")
     for runs, label, marker in ((FULL_COVER, "full coverage", "o"), (PARTIAL, "partial", "s")):
         x = [estimate([line["reverse_kl"] for line in last(results, run_)])[0] for run_ in runs.values()]
