@@ -21,6 +21,7 @@ import itertools
 import json
 import multiprocessing
 import re
+import signal
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 
@@ -421,6 +422,22 @@ def with_needs(jobs: list) -> list:
     return list(ordered)
 
 
+def leave_interrupts() -> None:
+    """Ctrl-C reaches every process of a command; a worker leaves it to the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def stopping():
+    """On Ctrl-C, end the workers at once: the next start goes on from their checkpoints."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        raise
+
+
 def run_jobs(options, jobs: list) -> None:
     """Do what is missing of the jobs and of what they need, options.jobs at a time."""
     jobs = with_needs(jobs)
@@ -433,7 +450,7 @@ def run_jobs(options, jobs: list) -> None:
         return path.read_bytes().count(b"\n") - 1 if path.exists() else 0
 
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.jobs, mp_context=context) as pool, tqdm(
+    with ProcessPoolExecutor(options.jobs, mp_context=context, initializer=leave_interrupts) as pool, stopping(), tqdm(
             total=sum(size.values()), initial=sum(size[job] for job in done), desc=f"{len(jobs)} runs", unit="step",
             disable=None, dynamic_ncols=True) as bar:
         if len(done) < len(jobs):
