@@ -30,6 +30,7 @@ discounting (gamma = 1), no entropy bonus, no learning-rate schedule.
 
 import argparse
 import math
+import shutil
 
 import torch
 import torch.nn.functional as F
@@ -319,7 +320,9 @@ def main(argv=None):
             args.data, args.pairs, respond, tokenizer, args.seed)
         pairs, held_out = (lm.encode_pairs(policy, tokenizer, rows, args.max_new_tokens)
                            for rows in (pairs, held_out_texts))
-        run.prepare(args, "rloo" if args.rloo else "ppo")
+        earlier = run.prepare(args, "rloo" if args.rloo else "ppo")
+        if args.stage == "ppo" and earlier and (earlier / "reward").is_dir():
+            shutil.copytree(earlier / "reward", args.out / "reward")  # another stage 2 on the same reward model
         if args.stage != "ppo" and args.judge == "reward":
             stage_1(args, ref, tokenizer, respond, pairs, prompts, held_out, held_out_texts)
         if args.stage == "reward":

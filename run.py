@@ -119,10 +119,14 @@ def minibatch(rows: list, args, step: int) -> list:
 # ---------------------------------------------------------------------------------------------------
 # the run's directory
 
-def prepare(args, algorithm: str) -> None:
-    """Make --out ready: a run that is already there is moved aside, or kept if it is to be resumed."""
+def prepare(args, algorithm: str) -> Path | None:
+    """Make --out ready: a run that is already there is moved aside, or kept if it is to be resumed.
+
+    Returns where the earlier run is now, or None.
+    """
     args.algorithm = algorithm
     args.out = args.out or Path("runs") / algorithm.replace(" ", "-")
+    aside = None
     if not args.resume and (args.out / "metrics.jsonl").exists():
         n = 1
         while (aside := args.out.with_name(f"{args.out.name}.{n}")).exists():
@@ -130,6 +134,7 @@ def prepare(args, algorithm: str) -> None:
         os.replace(args.out, aside)
         print(f"the earlier run in {args.out} is now {aside} (to go on with it: --out {aside} --resume)")
     args.out.mkdir(parents=True, exist_ok=True)
+    return aside
 
 
 def write_text(path, text: str) -> None:

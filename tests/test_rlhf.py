@@ -333,6 +333,17 @@ def test_stages_can_be_run_one_after_the_other(model_dir, tmp_path):
     assert (tmp_path / "r" / "policy").is_dir() and (tmp_path / "r" / "reward" / "model").is_dir()
 
 
+def test_stage_ppo_again_takes_the_reward_model_along_and_keeps_the_earlier_run(model_dir, tmp_path):
+    arguments = ["--model", str(model_dir), "--out", str(tmp_path / "r"), *SMALL]
+    rlhf.main(arguments)
+    before = bytes_of(tmp_path / "r")
+    rlhf.main([*arguments, "--stage", "ppo", "--beta", "0.5"])
+    assert bytes_of(tmp_path / "r.1") == before
+    reward = "reward/model/model.safetensors"
+    assert (tmp_path / "r" / reward).read_bytes() == (tmp_path / "r.1" / reward).read_bytes()
+    assert bytes_of(tmp_path / "r") != before
+
+
 def test_stage_ppo_without_a_reward_model_says_what_to_do(model_dir, tmp_path):
     with pytest.raises(ValueError, match="--stage reward"):
         rlhf.main(["--model", str(model_dir), "--out", str(tmp_path / "r"), *SMALL, "--stage", "ppo"])
