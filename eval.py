@@ -46,6 +46,16 @@ def wilson_interval(wins: float, n: int, z: float = 1.96) -> tuple[float, float]
     return max(0.0, center - half), min(1.0, center + half)
 
 
+def estimate(values: list[float]) -> tuple[float, float, float]:
+    """(mean, half of Student's 95 % interval, standard error) over seeds; one seed has no interval."""
+    n = len(values)
+    mean = sum(values) / n
+    if n == 1:
+        return mean, math.nan, math.nan
+    error = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
+    return mean, STUDENT_95.get(n - 1, 1.96) * error, error
+
+
 def load_judge(name: str, device: str = "cpu"):
     """A judge: function (prompts, responses) -> rewards, both lists of strings; None for "none".
 
@@ -79,14 +89,19 @@ def load_judge(name: str, device: str = "cpu"):
     return judge
 
 
+def logratios(policy, pairs: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
+    """((N,), (N,)) log pi / pi_ref of the chosen and the rejected responses; pairs as from lm.add_ref_logps."""
+    chosen, rejected = lm.score_pairs(policy, pairs)
+    ref_chosen, ref_rejected = lm.ref_logps(pairs, chosen.device)
+    return chosen - ref_chosen, rejected - ref_rejected
+
+
 def implicit_reward_metrics(policy, pairs: list[dict]) -> dict:
     """How the implicit reward, proportional to log pi / pi_ref, sees labelled pairs it was not trained on.
 
     pairs: as from lm.add_ref_logps. Equal log-ratios count one half in the accuracy, so it is 1/2 at step 0.
     """
-    chosen, rejected = lm.score_pairs(policy, pairs)  # (N,), (N,)
-    ref_chosen, ref_rejected = lm.ref_logps(pairs, chosen.device)
-    chosen, rejected = chosen - ref_chosen, rejected - ref_rejected
+    chosen, rejected = logratios(policy, pairs)
     correct = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
     return {"accuracy": correct.mean().item(), "chosen_logratio": chosen.mean().item(),
             "rejected_logratio": rejected.mean().item()}
@@ -201,7 +216,11 @@ def table(rows: list[dict]) -> str:
         except TypeError:  # a value is None: there was no judge
             return "-"
 
-    cells = [list(columns)] + [[cell(form, row) for form in columns.values()] for row in rows]
+    return aligned([list(columns)] + [[cell(form, row) for form in columns.values()] for row in rows])
+
+
+def aligned(cells: list[list[str]]) -> str:
+    """Rows of cells as lines of text, the columns below each other."""
     widths = [max(map(len, column)) for column in zip(*cells)]
     return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in cells)
 
@@ -300,8 +319,7 @@ def mean_over_seeds(rows: list[dict]) -> dict:
     mean = {key: sum(row[key] for row in rows) / n for key, value in rows[0].items()
             if isinstance(value, (int, float))}
     if mean.get("win_rate") is not None:
-        variance = sum((row["win_rate"] - mean["win_rate"]) ** 2 for row in rows) / (n - 1)
-        half = STUDENT_95.get(n - 1, 1.96) * math.sqrt(variance / n)
+        _, half, _ = estimate([row["win_rate"] for row in rows])
         mean["win_rate_ci"] = mean["win_rate"] - half, mean["win_rate"] + half
     return {**rows[0], **mean, "step": rows[0]["step"], "run": f"{rows[0]['name']}, mean of {n} seeds"}
 

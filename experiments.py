@@ -34,7 +34,7 @@ import hypo
 import lm
 import rlhf
 import run
-from eval import evaluator, implicit_reward_metrics, load_judge, read_metrics, win_rate
+from eval import evaluator, implicit_reward_metrics, load_judge, logratios, read_metrics, win_rate
 
 # ---------------------------------------------------------------------------------------------------
 # runs
@@ -373,9 +373,8 @@ def classify(args, folder: Path) -> dict:
         return torch.tensor(chosen) - torch.tensor(rejected)
 
     def implicit_gaps(policy, pairs):
-        chosen, rejected = lm.score_pairs(policy, pairs)
-        ref_chosen, ref_rejected = lm.ref_logps(pairs, "cpu")
-        return chosen - ref_chosen - (rejected - ref_rejected)
+        chosen, rejected = logratios(policy, pairs)
+        return chosen - rejected
 
     def accuracy(predicted, truth):
         predicted, truth = predicted[truth != 0], truth[truth != 0]

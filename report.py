@@ -9,7 +9,7 @@ import statistics
 from pathlib import Path
 
 import data
-from eval import STUDENT_95
+from eval import aligned, estimate
 
 # ---------------------------------------------------------------------------------------------------
 # statistics
@@ -64,16 +64,6 @@ def reached(by_seed: list[dict[int, float]]) -> dict[tuple[float, float], list[f
 
 def mean_over_bins(by_seed: list[dict[int, float]]) -> list[float]:
     return [sum(bins.values()) / len(bins) for bins in by_seed]
-
-
-def estimate(values: list[float]) -> tuple[float, float, float]:
-    """(mean, half of Student's 95 % interval, standard error) over seeds; one seed has no interval."""
-    n = len(values)
-    mean = sum(values) / n
-    if n == 1:
-        return mean, math.nan, math.nan
-    error = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
-    return mean, STUDENT_95.get(n - 1, 1.96) * error, error
 
 
 def cell(values: list[float], form: str = ".3f") -> str:
@@ -206,9 +196,7 @@ def draw_dots(axis, rows: list[tuple[str, list[float], str]], xlabel: str) -> No
 
 def as_text(rows: list[dict]) -> str:
     """A table for the terminal."""
-    cells = [list(rows[0])] + [list(row.values()) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in cells)
+    return aligned([list(rows[0])] + [list(row.values()) for row in rows])
 
 
 def as_markdown(report: dict) -> str:

@@ -39,7 +39,7 @@ import torch
 
 import data
 import run
-from eval import COLORS, read_metrics
+from eval import COLORS, estimate, read_metrics
 from experiments import CLASSIFY, FINAL, OFFLINE, Run, run_jobs, setting_of
 from report import (
     WIN,
@@ -52,7 +52,6 @@ from report import (
     draw_bins,
     draw_dots,
     draw_envelope,
-    estimate,
     label_end,
     last,
     mean_over_bins,
@@ -266,7 +265,7 @@ def classify(results, figure):
         correlation.append(torch.corrcoef(torch.tensor([[line["data_accuracy"] for line in lines],
                                                         [line[WIN] for line in lines]]))[0, 1].item())
     on, off = last(results, FINAL), last(results, OFFLINE)
-    rows = [{"classifier": label, "online stream": cell(mean_of(key)) if key else "",
+    rows = [{"classifier": label, "online stream": cell(mean_of(key)),
              "... first tenth": cell([s[key][0] for s in stream]), "... last tenth": cell([s[key][-1] for s in stream]),
              "its own samples": cell([s[f"{key}_self"] for s in stream]) if key != "proxy" else "",
              "D_golden": cell([line["data_accuracy"] for line in end]) if end else "",
@@ -298,12 +297,12 @@ def classify(results, figure):
         band(axes[0], stream[0]["steps"], [s[key] for s in stream], color, label)
     axes[0].set_xlabel("step of the online stream")
     axes[0].set_ylabel("accuracy against the golden reward")
-    for label, arm, run_, color in (("online", ONLINE_IPO, FINAL, RED), ("offline", OFFLINE_IPO, OFFLINE, TEAL),
-                                    ("shuffled", [REPLAYS[0]], REPLAYS[0], GRAY)):
+    for label, arm, one, color in (("online", ONLINE_IPO, FINAL, RED), ("offline", OFFLINE_IPO, OFFLINE, TEAL),
+                                   ("shuffled", [REPLAYS[0]], REPLAYS[0], GRAY)):
         points = [line for run_ in arm for lines in results[run_] for line in lines[1:]]
         axes[1].scatter([line["data_accuracy"] for line in points], [line[WIN] for line in points], s=7, color=color,
                         alpha=0.5, lw=0)
-        along(axes[2], results, run_, "data_chosen_logratio", color, label)
+        along(axes[2], results, one, "data_chosen_logratio", color, label)
     axes[1].set_xlabel("accuracy on D_golden")
     axes[1].set_ylabel("win rate against the golden baseline")
     axes[2].set_ylabel("log-ratio of D_golden's chosen, nats")
@@ -525,8 +524,6 @@ def of_pairs(pairs: list[dict]) -> dict:
 
 def conclude(options, name: str) -> None:
     """results/NAME.json and NAME.png of a study whose runs are done; prints its table and its verdicts."""
-    import matplotlib
-    matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
     function, jobs, title = STUDIES[name]
