@@ -11,6 +11,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
@@ -21,7 +22,9 @@ import experiments
 import lm
 import report
 import study
+from eval import load_judge
 from experiments import CLASSIFY, EARLY, FINAL, GOLDEN, OFFLINE, Run, needs, recorded, replay, setting_of, with_needs
+from models import random_gpt2
 
 ROOT = Path(__file__).parent.parent
 RUNS = list(dict.fromkeys(job for _, jobs, _ in study.STUDIES.values() for job in jobs))
@@ -124,6 +127,43 @@ def test_step_0_is_pi_ref(options):
     assert line["data_accuracy"] == 0.5
 
 
+def test_proxy_reward_and_uncovered_share_are_of_the_evaluated_responses(options):
+    execute(options, OFFLINE)
+    folder = options.work / "0"
+    rows = data.read_rows(folder / OFFLINE.name / "responses.jsonl")
+    line = study.read_metrics(folder / OFFLINE.name)[-1]
+    proxy = load_judge(str(folder / setting_of(OFFLINE).name / "reward" / "model"))
+    rewards = proxy([row["prompt"] for row in rows], [row["response"] for row in rows])
+    assert line["sampled_proxy_reward"] == pytest.approx(statistics.mean(rewards))
+    assert line["uncovered"] == statistics.mean(bool(experiments.UNCOVERED.search(row["response"])) for row in rows)
+
+
+def test_each_online_run_is_labelled_by_its_own_judge(options):
+    execute(options, GOLDEN, FINAL, study.IMPLICIT[1])
+    folder = options.work / "0"
+    ref, tokenizer = lm.load(options.model)
+    offline, _ = lm.load(str(folder / OFFLINE.name / "policy"))
+    judges = {GOLDEN: data.golden_judge, FINAL: load_judge(str(folder / setting_of(FINAL).name / "reward" / "model")),
+              study.IMPLICIT[1]: experiments.implicit_judge(offline, ref, tokenizer, 24)}
+    for job, judge in judges.items():
+        pairs = [pair for step in data.read_rows(folder / job.name / "stream.jsonl") for pair in step]
+        prompts = [lm.decode(tokenizer, pair["prompt"]) for pair in pairs]
+        chosen, rejected = (judge(prompts, [lm.decode(tokenizer, pair[side]) for pair in pairs])
+                            for side in ("chosen", "rejected"))
+        assert pairs and all(a > b for a, b in zip(chosen, rejected)), job.name
+
+
+def test_the_implicit_judge_is_the_log_ratio(model_dir):
+    ref, tokenizer = lm.load(str(model_dir))
+    policy = random_gpt2(len(tokenizer), seed=5, dtype=torch.float32)
+    prompts, responses = ["The plot was"] * 3, [" superb.", " never dull, but slow.", " awful."]
+    judged = experiments.implicit_judge(policy, ref, tokenizer, 24)(prompts, responses, batch_size=2)
+    for prompt, response, reward in zip(prompts, responses, judged):
+        row = [lm.encode_prompt(tokenizer, prompt)], [lm.encode_response(tokenizer, response, 24)]
+        assert reward == pytest.approx((lm.logps(policy, *row) - lm.logps(ref, *row)).item(), abs=1e-4)
+    assert min(map(abs, judged)) > 1e-3
+
+
 def test_the_best_unseen_response_is_not_in_the_pairs(options):
     execute(options, setting_of(FINAL))
     folder = options.work / "0" / setting_of(FINAL).name
@@ -149,6 +189,14 @@ def test_classify_counts_against_the_golden_reward(options, monkeypatch):
         monkeypatch.setattr(experiments, "load_judge", lambda *a, sign=sign: lambda prompts, responses: [
             sign * reward for reward in data.golden_judge(prompts, responses)])
         assert set(experiments.classify(args, options.work / "0")["proxy"]) == {expected}
+
+    # policies whose log-ratios are the golden rewards rank everything rightly, the pairs of their own samples, too
+    _, tokenizer = lm.load(options.model)
+    monkeypatch.setattr(experiments, "logratios", lambda policy, pairs: tuple(
+        torch.tensor([data.golden_reward(lm.decode(tokenizer, pair["prompt"]), lm.decode(tokenizer, pair[side]))
+                      for pair in pairs]) for side in ("chosen", "rejected")))
+    measured = experiments.classify(args, options.work / "0")
+    assert {*measured["online"], *measured["offline"], measured["online_self"], measured["offline_self"]} == {1.0}
 
 
 def test_partial_coverage_pairs_never_say_the_uncovered_words(model_dir):
