@@ -649,19 +649,23 @@ def load_run(run):
     """(policy, ref, tokenizer, held-out prompts, judge, settings) of a directory that a training command wrote."""
     import data
     import lm
-    from eval import load_judge
+    import task
 
     if not (run / "summary.json").exists() or not (run / "policy").is_dir():
         raise ValueError(f"{run}: not a finished run, for it lacks summary.json or policy/; name a directory that "
                          "hypo.py, dpo.py or rlhf.py wrote, such as runs/hypo")
     settings = json.loads((run / "summary.json").read_text(encoding="utf-8"))["settings"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    ref, tokenizer = lm.load(settings["model"], data.sft_corpus, device)
+    ref, tokenizer = lm.load(settings.get("pi_ref", settings["model"]), data.sft_corpus, device)
     policy, _ = lm.load(str(run / "policy"), device=device)
+    _, judge, _ = task.judges(argparse.Namespace(**{**settings, "device": device}))
     if settings["data"] is None:
-        return policy, ref, tokenizer, data.world_prompts()[1], data.golden_judge, settings
-    prompts = data.load_pairs(settings["data"], 0, None, tokenizer, settings["seed"])[3]
-    return policy, ref, tokenizer, prompts, load_judge(settings["judge"], device), settings
+        prompts = data.world_prompts()[1]
+    elif task.has_prompts(settings["data"]):
+        prompts = data.read_prompts(settings["data"])[1]
+    else:
+        prompts = data.load_pairs(settings["data"], 0, None, tokenizer, settings["seed"])[3]
+    return policy, ref, tokenizer, prompts, judge, settings
 
 
 def measure(run, n_prompts, k):

@@ -155,26 +155,41 @@ def collect_pairs(respond, prompts: list[str], n: int, seed: int, judge=golden_j
                      "response, so there is nothing to compare")
 
 
-def load_pairs(source: str | None, n: int, respond, tokenizer, seed: int) -> tuple[list, list, list, list]:
-    """(pairs, prompts) to train on and (pairs, prompts) held out, from a file or from the built-in world.
+def load_pairs(source: str | None, n: int, respond, tokenizer, seed: int, judge=golden_judge,
+               n_held_out: int = 256) -> tuple[list, list, list, list]:
+    """(pairs, prompts) to train on and (pairs, prompts) held out, from prompts or from a file of pairs.
 
-    source: a JSONL file, a hub data set, or None for n pairs collected in the world with `respond`.
-    Of a file, a tenth of the prompts (at least one) is held out with all its rows.
+    source: None for the built-in world, or a directory with prompts.jsonl and held_out_prompts.jsonl: n pairs
+    to train on and n_held_out, collected with `respond` and labelled by `judge`. Or a JSONL file or a hub data
+    set, of whose prompts a tenth (at least one) is held out with all its rows; or a directory with pairs.jsonl
+    and held_out_pairs.jsonl.
     """
-    if source is None:
-        train, held_out = world_prompts()
-        return (collect_pairs(respond, train, n, seed), train,
-                collect_pairs(respond, held_out, 256, seed + 10**6), held_out)
+    if source is None or (Path(source) / "prompts.jsonl").exists():
+        train, held_out = world_prompts() if source is None else read_prompts(source)
+        return (collect_pairs(respond, train, n, seed, judge), train,
+                collect_pairs(respond, held_out, n_held_out, seed + 10**6, judge), held_out)
+    if Path(source).is_dir():
+        if not (Path(source) / "pairs.jsonl").exists():
+            raise ValueError(f"--data {source}: the directory has neither prompts.jsonl nor pairs.jsonl; the commands "
+                             "in recipes/ make such directories")
+        pairs, held_out = (read_jsonl(Path(source) / f"{name}.jsonl", tokenizer) for name in ("pairs", "held_out_pairs"))
+        return pairs, prompts_of(pairs), held_out, prompts_of(held_out)
     pairs = read_jsonl(source, tokenizer) if Path(source).exists() else read_hub(source, tokenizer)
-    prompts = sorted({pair["prompt"] for pair in pairs})
+    prompts = prompts_of(pairs)
     if len(prompts) < 2:
         raise ValueError(f"{source}: all rows have the same prompt, but one must be held out for evaluation; "
-                         "give rows with at least two different prompts")
+                         "give rows with at least two different prompts, or a directory with pairs.jsonl and "
+                         "held_out_pairs.jsonl")
     random.Random(seed).shuffle(prompts)
     n_held_out = max(1, len(prompts) // 10)
     held_out = set(prompts[:n_held_out])
     return ([pair for pair in pairs if pair["prompt"] not in held_out], prompts[n_held_out:],
             [pair for pair in pairs if pair["prompt"] in held_out], prompts[:n_held_out])
+
+
+def prompts_of(pairs: list[dict]) -> list[str]:
+    """Each prompt once, in a fixed order."""
+    return sorted({pair["prompt"] for pair in pairs})
 
 
 def write_text(path, text: str) -> None:
@@ -197,6 +212,65 @@ def read_rows(path) -> list[dict]:
         return [json.loads(line) for line in lines]
 
 
+def read_objects(path) -> list[tuple[str, dict]]:
+    """("file:line", value) of every line of a JSONL file from outside; ValueError naming file and line."""
+    rows = []
+    try:
+        file = open(path, "rb")
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing; the command in recipes/ that made {Path(path).parent} also makes it, or "
+                         "write it, one JSON object a line") from None
+    with file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                rows.append((f"{path}:{number}", json.loads(line.decode("utf-8-sig"))))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}:{number}: not UTF-8 text ({error.reason} at byte {error.start}); "
+                                 "save the file as UTF-8") from None
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno}); "
+                                 "each line must be one JSON object") from None
+    return rows
+
+
+def read_strings(path, *fields: str) -> list[tuple[str, ...]]:
+    """Rows of strings, for example (prompt, response) of sft.jsonl."""
+    rows = []
+    for where, row in read_objects(path):
+        for field in fields:
+            if not isinstance(row, dict) or not isinstance(row.get(field), str) or not row[field].strip():
+                raise ValueError(f"{where}: expected an object with the strings {', '.join(fields)}, none empty; got "
+                                 f"{row!r:.60}")
+        rows.append(tuple(row[field] for field in fields))
+    if not rows:
+        raise ValueError(f"{path}: no rows; each line must be a JSON object with {', '.join(fields)}")
+    return rows
+
+
+def read_prompts(directory) -> tuple[list[str], list[str]]:
+    """(training prompts, held-out prompts) of a task directory; none may be in both."""
+    train, held_out = ([prompt for prompt, in read_strings(Path(directory) / f"{name}.jsonl", "prompt")]
+                       for name in ("prompts", "held_out_prompts"))
+    if shared := set(train) & set(held_out):
+        raise ValueError(f"{directory}: {len(shared)} prompts are in prompts.jsonl and in held_out_prompts.jsonl, for "
+                         f"example {min(shared)!r:.60}; what is trained on cannot be held out")
+    return train, held_out
+
+
+def read_task(directory) -> dict:
+    """task.json: who labels pairs and measures ("label"), and who only measures ("second")."""
+    path = Path(directory) / "task.json"
+    try:
+        task = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
+    if not isinstance(task, dict) or not all(isinstance(task.get(role), str) for role in ("label", "second")):
+        raise ValueError(f"{path}: needs the strings label and second, names of judges; got {task!r:.80}")
+    return task
+
+
 def read_jsonl(path, tokenizer=None) -> list[dict]:
     """Preference pairs from a JSONL file with the fields prompt, chosen, rejected.
 
@@ -204,20 +278,7 @@ def read_jsonl(path, tokenizer=None) -> list[dict]:
     three are lists of messages {"role", "content"}, which the tokenizer's chat template renders.
     Raises ValueError naming the file, the line and the field.
     """
-    pairs = []
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}:{number}: not UTF-8 text ({error.reason} at byte {error.start}); "
-                                 "save the file as UTF-8") from None
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno}); "
-                                 "each line must be one JSON object") from None
-            pairs.append(check_pair(row, f"{path}:{number}", tokenizer))
+    pairs = [check_pair(row, where, tokenizer) for where, row in read_objects(path)]
     if not pairs:
         raise ValueError(f"{path}: no rows; each line must be a JSON object with prompt, chosen, rejected")
     return pairs

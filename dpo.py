@@ -25,7 +25,8 @@ import torch.nn.functional as F
 import data
 import lm
 import run
-from eval import evaluator, finish, load_judge
+from eval import evaluator, finish
+from task import set_up
 
 # ---------------------------------------------------------------------------------------------------
 # losses: log-ratios (B,) of chosen and rejected responses in, one loss a pair (B,) out
@@ -153,30 +154,24 @@ def main(argv=None):
     if args.length_average and args.loss != "ipo":
         parser.error(f"--length-average is an option of --loss ipo; --loss {args.loss} would ignore it")
     if args.sampling != "offline" and args.judge == "none":
-        parser.error(f"--sampling {args.sampling} needs --judge to label the policy's samples: golden, or a "
-                     "directory with a reward model")
+        parser.error(f"--sampling {args.sampling} needs --judge to label the policy's samples: golden, vader, or "
+                     "a directory with a reward model")
     if not 1 <= args.rounds <= args.steps:
         parser.error(f"--rounds must be from 1 to --steps {args.steps}, got {args.rounds}")
     args.round_steps = -(-args.steps // args.rounds)
 
     with run.precision(args):
-        judge = load_judge(args.judge, args.device)
-        policy, tokenizer = lm.load(args.model, data.sft_corpus, args.device)
-        ref = lm.frozen_copy(policy)
-        respond = lm.responder(ref, tokenizer, args.max_new_tokens)
-        pairs, prompts, held_out, held_out_prompts = data.load_pairs(
-            args.data, args.pairs, respond, tokenizer, args.seed)
-        pairs, held_out = (lm.encode_pairs(policy, tokenizer, rows, args.max_new_tokens) for rows in (pairs, held_out))
+        s = set_up(args)
         run.prepare(args, args.loss if args.sampling == "offline" else f"{args.sampling} {args.loss}")
-        # in the built-in world the golden reward judges the outcome, whoever labels the pairs
-        evaluate = evaluator(args, ref, tokenizer, held_out_prompts, held_out,
-                             judge if args.data else data.golden_judge)
+        # whoever labels the pairs, the task's own judges measure the outcome
+        evaluate = evaluator(args, s.ref, s.tokenizer, s.held_out_prompts, s.held_out, s.outcome, s.second)
         if args.sampling == "offline":
-            source = offline(ref, pairs, args)
+            source = offline(s.ref, s.pairs, args)
         else:
-            source = (online if args.sampling == "online" else iterative)(policy, ref, tokenizer, prompts, judge, args)
-        train(policy, source, evaluate, args)
-        finish(args, policy, tokenizer, run.seconds(args))
+            source = (online if args.sampling == "online" else iterative)(
+                s.policy, s.ref, s.tokenizer, s.prompts, s.label, args)
+        train(s.policy, source, evaluate, args)
+        finish(args, s.policy, s.tokenizer, run.seconds(args))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import data
 import lm
@@ -56,39 +55,6 @@ def estimate(values: list[float]) -> tuple[float, float, float]:
     return mean, STUDENT_95.get(n - 1, 1.96) * error, error
 
 
-def load_judge(name: str, device: str = "cpu"):
-    """A judge: function (prompts, responses) -> rewards, both lists of strings; None for "none".
-
-    name: "golden", "none", or the directory of an AutoModelForSequenceClassification with one label whose
-    score is read at the last token of prompt + response (found by length, never by pad id).
-    """
-    if name in ("golden", "none"):
-        return data.golden_judge if name == "golden" else None
-    if not Path(name).is_dir():
-        raise ValueError(f"--judge {name}: neither 'golden' nor a directory with a sequence-classification model")
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
-    model.eval().to(device)
-    if model.config.num_labels != 1 or not hasattr(model, "score"):
-        raise ValueError(f"--judge {name}: needs a decoder with one label, a reward; this {type(model).__name__} "
-                         f"has {model.config.num_labels} labels")
-
-    center = getattr(model.config, "reward_center", 0.0)  # rlhf.py writes both; other models have neither
-    bound = getattr(model.config, "reward_clip", None) or math.inf
-
-    @torch.no_grad()
-    def judge(prompts: list[str], responses: list[str], batch_size: int = 64) -> list[float]:
-        rewards, room = [], lm.context_length(model)
-        for i in range(0, len(prompts), batch_size):
-            response_ids = [lm.encode_response(tokenizer, text, room - 1) for text in responses[i:i + batch_size]]
-            prompt_ids = [lm.encode_prompt(tokenizer, text)[len(response) - room:]  # a long prompt loses its start
-                          for text, response in zip(prompts[i:i + batch_size], response_ids)]
-            rewards += (lm.final_scores(model, prompt_ids, response_ids) - center).clamp(-bound, bound).tolist()
-        return rewards
-
-    return judge
-
-
 def logratios(policy, pairs: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
     """((N,), (N,)) log pi / pi_ref of the chosen and the rejected responses; pairs as from lm.add_ref_logps."""
     chosen, rejected = lm.score_pairs(policy, pairs)
@@ -107,12 +73,14 @@ def implicit_reward_metrics(policy, pairs: list[dict]) -> dict:
             "rejected_logratio": rejected.mean().item()}
 
 
-def evaluator(args, ref, tokenizer, prompts: list[str], pairs: list[dict], judge, more=lambda policy, rows: {}):
+def evaluator(args, ref, tokenizer, prompts: list[str], pairs: list[dict], judge, second=None,
+              more=lambda policy, rows: {}):
     """The function evaluate(policy) -> metrics that a training run calls; see README for the glossary.
 
     prompts: held-out prompt texts, cycled through to args.eval_samples. pairs: held-out, of token ids, the
     first args.eval_samples are used. judge: from load_judge; without one (None) win rate and reward are None.
-    more: function (policy, the rows of responses.jsonl) -> further metrics.
+    second: another judge of the same responses: what is true for both is less likely to be a trick that pleases
+    one. more: function (policy, the rows of responses.jsonl) -> further metrics.
     Each call also leaves args.out/responses.jsonl and samples.md, to read while the run goes on.
     """
     pairs = lm.add_ref_logps(ref, pairs[:args.eval_samples])
@@ -123,24 +91,32 @@ def evaluator(args, ref, tokenizer, prompts: list[str], pairs: list[dict], judge
         generator = torch.Generator(policy.device).manual_seed(seed)
         return lm.sample(policy, prompt_ids, args.max_new_tokens, tokenizer.eos_token_id, generator)
 
-    def texts_and_rewards(ids):
-        texts = [lm.decode(tokenizer, response) for response in ids]
-        return texts, judge(prompts, texts) if judge else [None] * len(texts)
+    def rewards_of(texts):
+        return judge(prompts, texts) if judge else [None] * len(texts)
 
-    opponent, opponent_rewards = texts_and_rewards(respond(ref, seed=1))
+    opponent = [lm.decode(tokenizer, response) for response in respond(ref, seed=1)]
+    opponent_rewards = rewards_of(opponent)
 
     def evaluate(policy) -> dict:
         ids = respond(policy, seed=0)
-        texts, rewards = texts_and_rewards(ids)
+        texts = [lm.decode(tokenizer, response) for response in ids]
+        rewards = rewards_of(texts)
         rate, interval = win_rate(rewards, opponent_rewards) if judge else (None, None)
         reward_name = "golden_reward" if judge in (data.golden_judge, None) else "judge_reward"
         rows = [dict(prompt=p, response=y, ref_response=z, reward=r, ref_reward=s) for p, y, z, r, s in
                 zip(prompts, texts, opponent, rewards, opponent_rewards)]
+        by_second = {}
+        if second:
+            values = second(prompts, texts)
+            second_rate, second_interval = win_rate(values, second(prompts, opponent))
+            by_second = {"second_win_rate": second_rate, "second_win_rate_ci": second_interval,
+                         "second_reward": sum(values) / len(values)}
         data.write_jsonl(args.out / "responses.jsonl", rows)
         write_samples(args.out / "samples.md", rows)
         return {
             "win_rate": rate, "win_rate_ci": interval,
             reward_name: sum(rewards) / len(rewards) if judge else None,
+            **by_second,
             "reverse_kl": lm.reverse_kl(policy, ref, prompt_ids, ids).mean().item(),
             "response_length": sum(map(len, ids)) / len(ids),
             **implicit_reward_metrics(policy, pairs),
@@ -156,21 +132,38 @@ def evaluator(args, ref, tokenizer, prompts: list[str], pairs: list[dict], judge
 def finish(args, policy, tokenizer, seconds: float) -> dict:
     """policy/, summary.json and curve.png of a run whose training is done; prints its table, returns the summary."""
     lines = read_metrics(args.out)
-    measured = {name: lines[-1].get(name) for name in ("win_rate", "win_rate_ci", "golden_reward", "judge_reward",
-                "reverse_kl", "response_length", "accuracy", "chosen_logratio", "rejected_logratio")}
+    measured = {name: lines[-1].get(name) for name in (
+        "win_rate", "win_rate_ci", "golden_reward", "judge_reward", "second_win_rate", "second_win_rate_ci",
+        "second_reward", "reverse_kl", "response_length", "accuracy", "chosen_logratio", "rejected_logratio")}
     summary = {
         "algorithm": args.algorithm, "model": args.model, "seed": args.seed, "steps": args.steps, "beta": args.beta,
         **measured, "seconds": round(seconds, 1),
         "tokens_per_second": round(sum(line.get("tokens", 0) for line in lines) / seconds),
         "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
     }
-    lm.save(policy, tokenizer, args.out / "policy")
+    lm.save(policy, tokenizer, args.out / "policy", model_card(args, measured))
     plot_curve(args.out, summary, lines)
     data.write_text(args.out / "summary.json", json.dumps(summary, indent=1) + "\n")
     print(table([{"run": "pi_ref", **lines[0]}, {"run": args.algorithm, **lines[-1]}]))
     print(f"\n{seconds:.0f} s of training; see {args.out}/curve.png, {args.out}/samples.md and the model in "
           f"{args.out}/policy/")
     return summary
+
+
+def model_card(args, measured: dict) -> str:
+    """README.md of a saved model: how it was made and what was measured; the head is what model hubs read."""
+    base = "" if args.model == "tiny" or Path(args.model).is_dir() else f"base_model: {args.model}\n"
+    settings = [f"| {key} | {value} |" for key, value in sorted(vars(args).items())
+                if value is not None and key not in ("out", "resume", "pi_ref")]
+    results = [f"| {key} | {value:.4g} |" for key, value in measured.items() if isinstance(value, float)]
+    return "\n".join([
+        f"---\nlibrary_name: transformers\n{base}tags: [{args.algorithm}, rlhf]\n---",
+        f"# {args.algorithm} on {Path(args.model).name}", "", f"Step {args.steps} of {args.algorithm}, started from `{args.model}`. The responses it was trained on and "
+        "measured by follow a prompt directly, without a chat template unless the data had one. Not tested for any use "
+        "beyond that measurement.", "",
+        "| measured on held-out prompts | |", "| --- | ---: |", *results, "",
+        "| setting | |", "| --- | --- |", *settings,
+    ]) + "\n"
 
 
 def read_metrics(run) -> list[dict]:
@@ -204,11 +197,15 @@ def table(rows: list[dict]) -> str:
         "run": lambda row: row["run"], "step": lambda row: f"{row['step']}",
         "win rate [95 %]": lambda row: "{:.3f} [{:.3f}, {:.3f}]".format(row["win_rate"], *row["win_rate_ci"]),
         "reward": lambda row: f"{row.get('golden_reward', row.get('judge_reward')):+.2f}",
+        "second judge's win rate": lambda row: f"{row.get('second_win_rate'):.3f}",
         "reverse KL, nats": lambda row: f"{row['reverse_kl']:.2f}",
         "length": lambda row: f"{row['response_length']:.1f}",
         "accuracy": lambda row: f"{row['accuracy']:.3f}",
         "log-ratio chosen / rejected": lambda row: f"{row['chosen_logratio']:+.1f} / {row['rejected_logratio']:+.1f}",
     }
+
+    if not any(row.get("second_win_rate") is not None for row in rows):
+        del columns["second judge's win rate"]
 
     def cell(form, row):
         try:
@@ -247,6 +244,12 @@ def plot_curve(out, summary: dict, lines: list[dict]) -> None:
         draw(axes[0], "win_rate", "win rate against pi_ref")
         axes[0].fill_between(steps, *zip(*(line["win_rate_ci"] for line in points)), color=color, alpha=0.15, lw=0)
         axes[0].axhline(0.5, color="gray", lw=0.8, ls=":")
+        if lines[-1].get("second_win_rate") is not None:
+            axes[0].plot(steps, [line["second_win_rate"] for line in points], color="gray", lw=1)
+            for name, ink in (("win_rate", color), ("second_win_rate", "gray")):
+                axes[0].annotate("first judge" if ink == color else "second", (steps[-1], points[-1][name]), color=ink,
+                                 xytext=(4, 0), textcoords="offset points", va="center")
+            axes[0].set_xlim(right=1.25 * steps[-1])
     draw(axes[1], "reverse_kl", "KL(policy || pi_ref), nats a sequence")
     if has_proxy:
         draw(axes[2], "golden_reward", "mean reward")

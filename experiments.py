@@ -34,7 +34,8 @@ import hypo
 import lm
 import rlhf
 import run
-from eval import evaluator, implicit_reward_metrics, load_judge, logratios, read_metrics, win_rate
+from eval import evaluator, implicit_reward_metrics, logratios, read_metrics, win_rate
+from judges import load_judge
 
 # ---------------------------------------------------------------------------------------------------
 # runs
@@ -257,7 +258,8 @@ def run_args(options, seed: int, job: Run) -> argparse.Namespace:
     rlhf.add_arguments(parser)
     pairs, steps = max(1, round(job.pairs * options.pairs)), max(1, round(job.steps * options.steps))
     args = run.parse(parser, [
-        "--model", options.model, "--seed", str(seed), "--pairs", str(pairs), "--steps", str(steps),
+        "--model", options.model, "--data", "world", "--sft-steps", "0", "--seed", str(seed),
+        "--pairs", str(pairs), "--steps", str(steps),
         "--batch-size", str(options.batch_size), "--eval-every", str(options.eval_every),
         "--eval-samples", str(options.eval_samples), "--beta", str(job.beta), "--device", options.device,
         "--out", str(options.work / str(seed) / job.name), "--resume"])
@@ -321,7 +323,7 @@ def train(job: Run, args, folder: Path) -> dict:
                               for name in ("pairs.jsonl", "best.jsonl", "held_out.jsonl"))
     baseline = json.loads((folder / GOLDEN.name / "baseline.json").read_text()) if job != GOLDEN else None
     more = measures(ref, golden, best, baseline, proxy)
-    evaluate = evaluator(args, ref, tokenizer, held_out_prompts, held_out, data.golden_judge, more)
+    evaluate = evaluator(args, ref, tokenizer, held_out_prompts, held_out, data.golden_judge, more=more)
 
     def offline_pairs():
         pairs = make_pairs(job, lm.responder(ref, tokenizer, args.max_new_tokens), folder, args)

@@ -29,11 +29,11 @@ subtracted from the weight (leave-one-out), as in the paper's experiments: same 
 
 import torch
 
-import data
 import lm
 import run
 from dpo import dpo_loss
-from eval import evaluator, finish, load_judge
+from eval import evaluator, finish
+from task import set_up
 
 
 def kl_loss(logps, logratios):
@@ -106,17 +106,11 @@ def main(argv=None):
         parser.error(f"--k must be at least 1, got {args.k}")
 
     with run.precision(args):
-        policy, tokenizer = lm.load(args.model, data.sft_corpus, args.device)
-        ref = lm.frozen_copy(policy)
-        respond = lm.responder(ref, tokenizer, args.max_new_tokens)
-        pairs, _, held_out, held_out_prompts = data.load_pairs(args.data, args.pairs, respond, tokenizer, args.seed)
-        pairs, held_out = (lm.encode_pairs(policy, tokenizer, rows, args.max_new_tokens) for rows in (pairs, held_out))
+        s = set_up(args)
         run.prepare(args, "hypo")
-        # in the built-in world the golden reward judges the outcome
-        judge = load_judge(args.judge, args.device) if args.data else data.golden_judge
-        evaluate = evaluator(args, ref, tokenizer, held_out_prompts, held_out, judge)
-        train(policy, ref, tokenizer, lm.add_ref_logps(ref, pairs), evaluate, args)
-        finish(args, policy, tokenizer, run.seconds(args))
+        evaluate = evaluator(args, s.ref, s.tokenizer, s.held_out_prompts, s.held_out, s.outcome, s.second)
+        train(s.policy, s.ref, s.tokenizer, lm.add_ref_logps(s.ref, s.pairs), evaluate, args)
+        finish(args, s.policy, s.tokenizer, run.seconds(args))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,9 @@ import shutil
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import model_info, try_to_load_from_cache
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -34,6 +36,7 @@ from transformers import (
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()  # its bars for loading a file would break up ours
@@ -63,12 +66,16 @@ def load(name: str, corpus=None, device: str = "cpu"):
     return model.eval().to(device), tokenizer
 
 
-def load_scorer(name: str, corpus=None, device: str = "cpu"):
-    """The network of the language model `name` with one score in place of the vocabulary, zero at first."""
-    scorer = AutoModelForSequenceClassification.from_pretrained(
-        resolve(name, corpus, device), num_labels=1, dtype=torch.float32, use_safetensors=True)
+def make_scorer(model):
+    """The network of a language model with one score in place of the vocabulary, zero at first."""
+    config = copy.deepcopy(model.config)
+    config.num_labels = 1
+    # transformers' own reading of a padded batch needs a pad token that is not EOS; without one it reads text by text
+    config.pad_token_id = None if config.pad_token_id == config.eos_token_id else config.pad_token_id
+    scorer = AutoModelForSequenceClassification.from_config(config).to(model.device, model.dtype)
+    scorer.base_model.load_state_dict(model.base_model.state_dict())
     torch.nn.init.zeros_(scorer.score.weight)
-    return scorer.eval().to(device)
+    return scorer.eval()
 
 
 def resolve(name: str, corpus=None, device: str = "cpu") -> str:
@@ -91,13 +98,35 @@ def frozen_copy(model):
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
-def save(model, tokenizer, directory) -> None:
-    """An ordinary transformers directory (safetensors), written beside and renamed."""
+def fit_in_memory(model, args):
+    """The model, trained as --train-layers, --micro-batch and --gradient-checkpointing say; None changes nothing.
+
+    The first freezes all but the last N layers and what follows them (final norm, an untied head, a score).
+    The other two change no gradient, only how much memory it takes: see in_parts and eval_mode.
+    """
+    if args.train_layers:
+        layers = max((m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
+        if args.train_layers > len(layers):
+            raise ValueError(f"--train-layers {args.train_layers}: this model has {len(layers)} layers")
+        first, trained = next(layers[-args.train_layers].parameters()), False
+        for parameter in model.parameters():  # in the order of the network, from the embedding up
+            trained = trained or parameter is first
+            parameter.requires_grad_(trained)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.micro_batch = args.micro_batch
+    return model
+
+
+def save(model, tokenizer, directory, card: str = "") -> None:
+    """An ordinary transformers directory (safetensors), written beside and renamed; card: its README.md."""
     directory = Path(directory)
     beside = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
     model.save_pretrained(beside)
     tokenizer.save_pretrained(beside)
+    if card:
+        (beside / "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(directory, ignore_errors=True)
     os.replace(beside, directory)
 
@@ -108,9 +137,7 @@ def tiny_directory(corpus: list[tuple[str, str]], device: str = "cpu", **changes
     The cache's name is a hash of the settings and the texts, so a changed world gets a model of its own.
     """
     tiny = {**TINY, **changes}
-    settings = json.dumps([tiny, corpus, torch.__version__])
-    key = hashlib.sha256(settings.encode()).hexdigest()[:12]
-    directory = Path(os.environ.get("HYPO_CACHE", Path(__file__).parent / ".cache")) / f"tiny-{key}"
+    directory = cached("tiny", [tiny, corpus, torch.__version__])
     if not directory.exists():
         tokenizer = word_tokenizer([text for pair in corpus for text in pair])
         torch.manual_seed(tiny["seed"])
@@ -120,9 +147,16 @@ def tiny_directory(corpus: list[tuple[str, str]], device: str = "cpu", **changes
             activation_function="gelu_pytorch_tanh",  # GPT-2's gelu_new, fused: half the time of a step
         )).to(device)
         sft(model, tokenizer, corpus, tiny["sft_steps"], tiny["batch_size"], tiny["lr"], tiny["seed"])
-        directory.parent.mkdir(parents=True, exist_ok=True)
         save(model, tokenizer, directory)
     return directory
+
+
+def cached(kind: str, settings) -> Path:
+    """Where something that these settings (JSON values) decide is kept between runs; it may not be there yet."""
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+    cache = Path(os.environ.get("HYPO_CACHE", Path(__file__).parent / ".cache"))
+    cache.mkdir(parents=True, exist_ok=True)
+    return cache / f"{kind}-{key}"
 
 
 def word_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -209,17 +243,41 @@ def context_length(model) -> int:
 # log-probabilities
 
 @contextlib.contextmanager
-def eval_mode(model):
+def eval_mode(model, checkpointing: bool = False):
     """Dropout off, whatever mode the model is in; the mode is put back afterwards.
 
-    With dropout, log pi / pi_ref would not be 0 where the two policies are equal.
+    With dropout, log pi / pi_ref would not be 0 where the two policies are equal. checkpointing: allow it where
+    it was enabled; transformers asks a layer's own mode for that, and the dropout in the layer asks the dropout's.
     """
     mode = model.training
     model.eval()
+    if checkpointing and torch.is_grad_enabled():
+        for layer in model.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.training = layer.gradient_checkpointing
     try:
         yield
     finally:
         model.train(mode)
+
+
+def in_parts(function, model, prompts: list[list[int]], responses: list[list[int]]):
+    """function(model, prompts, responses) -> (values, mask), on at most model.micro_batch rows at a time.
+
+    The gradient of whatever is made of the values is that of the whole batch, to rounding: a part's activations
+    are dropped after its forward pass and made again when the backward pass comes to it. So no loss has to be
+    cut up, at the price of one more forward pass. Rows of like length share a part: little of it is padding.
+    """
+    n = getattr(model, "micro_batch", None) or len(prompts)
+    if len(prompts) <= n:
+        return function(model, prompts, responses)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
+    parts = [checkpoint(function, model, [prompts[i] for i in part], [responses[i] for i in part],
+                        use_reentrant=False, preserve_rng_state=False)
+             for part in (order[i:i + n] for i in range(0, len(order), n))]
+    back = torch.tensor(order, device=model.device).argsort()
+    widest = lambda rows: [F.pad(row, (0, max(r.shape[1] for r in rows) - row.shape[1])) for row in rows]  # noqa: E731
+    return tuple(torch.cat(widest(rows))[back] for rows in zip(*parts))
 
 
 def pad(rows: list[list[int]], side: str, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -251,7 +309,7 @@ def response_logits(model, prompts: list[list[int]], responses: list[list[int]])
     """
     ids, attention_mask, positions, mask = lay_out(prompts, responses, model.device)
     T = mask.shape[1]
-    with eval_mode(model):  # the last token predicts nothing
+    with eval_mode(model, checkpointing=True):  # the last token predicts nothing
         logits = model(ids[:, :-1], attention_mask=attention_mask[:, :-1], position_ids=positions[:, :-1],
                        logits_to_keep=T, use_cache=False).logits
     return logits.to(torch.promote_types(logits.dtype, torch.float32)), ids[:, -T:], mask
@@ -264,8 +322,12 @@ def scores(scorer, prompts: list[list[int]], responses: list[list[int]]):
     response's last token, found by length: `scores[range(B), mask.sum(1)]`. As a value function its value
     of the state before token t is `scores[:, t]`.
     """
+    return in_parts(_scores, scorer, prompts, responses)
+
+
+def _scores(scorer, prompts, responses):
     ids, attention_mask, positions, mask = lay_out(prompts, responses, scorer.device)
-    with eval_mode(scorer):
+    with eval_mode(scorer, checkpointing=True):
         hidden = scorer.base_model(ids, attention_mask=attention_mask, position_ids=positions,
                                    use_cache=False).last_hidden_state  # (B, P + T, D)
         return scorer.score(hidden[:, -mask.shape[1] - 1:]).squeeze(-1).float(), mask
@@ -279,6 +341,10 @@ def final_scores(scorer, prompts: list[list[int]], responses: list[list[int]]) -
 
 def token_logps(model, prompts: list[list[int]], responses: list[list[int]]):
     """(token_logps, mask), both (B, T): log pi(y_t | x, y_<t) of the response's tokens, 0 at padding."""
+    return in_parts(_token_logps, model, prompts, responses)
+
+
+def _token_logps(model, prompts, responses):
     logits, ids, mask = response_logits(model, prompts, responses)
     chosen_logits = logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1)  # (B, T)
     return torch.where(mask, chosen_logits - logits.logsumexp(-1), 0.0), mask
@@ -331,7 +397,7 @@ def reverse_kl(policy, ref, prompts: list[list[int]], responses: list[list[int]]
     Sums the exact KL between the two next-token distributions over the sampled prefixes (Rao-Blackwell):
     unbiased like log pi / pi_ref, with less variance, and never negative. To report, not to differentiate.
     """
-    kls = []
+    kls, batch_size = [], min(batch_size, getattr(policy, "micro_batch", None) or batch_size)
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start:start + batch_size], responses[start:start + batch_size]
         logits, _, mask = response_logits(policy, *batch)
@@ -352,8 +418,8 @@ def sample(model, prompts: list[list[int]], max_new_tokens: int, eos_id: int, ge
     Deliberately not `generate`: that obeys the model's generation_config (top-k, penalties), and then the
     samples are not samples of the policy whose log-probs we take.
     """
-    rows = []
-    for i in range(0, len(prompts), batch_size):
+    rows, batches = [], range(0, len(prompts), batch_size)
+    for i in tqdm(batches, desc="sampling", unit="batch", leave=False, delay=3, disable=None):
         rows += _sample_batch(model, prompts[i:i + batch_size], max_new_tokens, eos_id, generator, temperature)
     return [row[:row.index(eos_id) + 1] if eos_id in row else row for row in rows]
 

@@ -38,7 +38,9 @@ import torch.nn.functional as F
 import data
 import lm
 import run
-from eval import evaluator, finish, load_judge
+from eval import evaluator, finish
+from judges import load_judge
+from task import set_up
 
 # ---------------------------------------------------------------------------------------------------
 # losses and advantages: tensors in, tensors out; (B, T) over response tokens, mask 1 on them
@@ -192,7 +194,7 @@ def roll_out(policy, ref, tokenizer, prompts: list[str], judge, beta, args, step
 
 def train_ppo(policy, ref, tokenizer, prompts: list[str], judge, evaluate, args) -> None:
     """Stage 2 by PPO; the comments number the lines of the box at the top of the file."""
-    value = lm.load_scorer(args.model, data.sft_corpus, args.device)
+    value = lm.fit_in_memory(lm.make_scorer(ref), args)
     trained = torch.nn.ModuleDict({"policy": policy, "value": value})  # one optimizer, one checkpoint
     trained.register_buffer("beta", torch.tensor(args.beta, device=args.device))
     optimizer = torch.optim.AdamW([{"params": policy.parameters(), "lr": args.lr},
@@ -284,7 +286,7 @@ def add_arguments(parser) -> None:
 
 def stage_1(args, ref, tokenizer, respond, pairs, prompts, held_out, held_out_texts) -> None:
     """Train the reward model and leave it in args.out/model, centred on pi_ref's samples."""
-    scorer = lm.load_scorer(args.model, data.sft_corpus, args.device)
+    scorer = lm.fit_in_memory(lm.make_scorer(ref), args)
     args = argparse.Namespace(**{**vars(args), "out": args.out / "reward", "lr": args.reward_lr, "steps": max(
         1, math.ceil(args.reward_epochs * len(pairs) / args.batch_size))})
     run.prepare(args, "reward")
@@ -292,6 +294,7 @@ def stage_1(args, ref, tokenizer, respond, pairs, prompts, held_out, held_out_te
     train_reward(scorer, pairs, evaluate, args)
 
     # pi_ref's mean reward becomes 0; the loss does not see a shift, but a clip and an EOS penalty do
+    prompts = prompts[:512]
     _, samples = respond(prompts, run.seed_of(args.seed, "center"))
     prompt_ids = [lm.encode_prompt(tokenizer, prompt) for prompt in prompts]
     scorer.config.reward_center = predict(scorer, prompt_ids, samples).mean().item()
@@ -313,29 +316,22 @@ def main(argv=None):
     args.value_lr = args.value_lr or 2 * args.lr
 
     with run.precision(args):
-        policy, tokenizer = lm.load(args.model, data.sft_corpus, args.device)
-        ref = lm.frozen_copy(policy)
-        respond = lm.responder(ref, tokenizer, args.max_new_tokens)
-        pairs, prompts, held_out_texts, held_out_prompts = data.load_pairs(
-            args.data, args.pairs, respond, tokenizer, args.seed)
-        pairs, held_out = (lm.encode_pairs(policy, tokenizer, rows, args.max_new_tokens)
-                           for rows in (pairs, held_out_texts))
+        s = set_up(args)
         earlier = run.prepare(args, "rloo" if args.rloo else "ppo")
         if args.stage == "ppo" and earlier and (earlier / "reward").is_dir():
             shutil.copytree(earlier / "reward", args.out / "reward")  # another stage 2 on the same reward model
         if args.stage != "ppo" and args.judge == "reward":
-            stage_1(args, ref, tokenizer, respond, pairs, prompts, held_out, held_out_texts)
+            stage_1(args, s.ref, s.tokenizer, s.respond, s.pairs, s.prompts, s.held_out, s.held_out_texts)
         if args.stage == "reward":
             return
         learned = args.out / "reward" / "model"
         if args.judge == "reward" and not learned.is_dir():
             raise ValueError(f"--stage ppo: there is no reward model in {learned}; run --stage reward with this --out "
                              "first, or name another judge")
-        judge = load_judge(str(learned) if args.judge == "reward" else args.judge, args.device)
-        evaluate = evaluator(args, ref, tokenizer, held_out_prompts, held_out,
-                             judge if args.data else data.golden_judge)
-        (train_rloo if args.rloo else train_ppo)(policy, ref, tokenizer, prompts, judge, evaluate, args)
-        summary = finish(args, policy, tokenizer, run.seconds(args))
+        judge = load_judge(str(learned), args.device) if args.judge == "reward" else s.label
+        evaluate = evaluator(args, s.ref, s.tokenizer, s.held_out_prompts, s.held_out, s.outcome or judge, s.second)
+        (train_rloo if args.rloo else train_ppo)(s.policy, s.ref, s.tokenizer, s.prompts, judge, evaluate, args)
+        summary = finish(args, s.policy, s.tokenizer, run.seconds(args))
         if args.reward_clip and args.beta > 0:
             print(f"KL {summary['reverse_kl']:.2f} nats; Lemma 4.1 bounds the KL of the learned reward's optimum by "
                   f"2R'/beta = {2 * args.reward_clip / args.beta:.1f}")

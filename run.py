@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+REVIEWS = Path("runs/reviews")  # the task of a pretrained model, if it is there
+
 # ---------------------------------------------------------------------------------------------------
 # arguments
 
@@ -30,12 +32,16 @@ def parser(doc: str) -> argparse.ArgumentParser:
         "made on first use), a transformers directory, or a name on the model hub such as gpt2 (default tiny)")
     add("--pairs", type=int, default=400, help="offline preference pairs to collect in the built-in world, two "
         "samples of pi_ref labelled by the golden preference (default 400)")
-    add("--data", help="instead of the built-in world: preference pairs from a JSONL file with the fields prompt, "
-        "chosen, rejected, or from a hub data set with those fields; a tenth of the prompts is held out")
-    add("--judge", help="who judges responses: golden (the built-in world's true reward), or the directory of a "
-        "one-label sequence-classification model (default golden; with --data none; rlhf.py trains its own)")
+    add("--data", help="what to learn: world (built in); a directory with prompts, as recipes/movie_reviews.py makes "
+        "it; preference pairs from a JSONL file with the fields prompt, chosen, rejected, or a hub data set, of whose "
+        f"prompts a tenth is held out (default world; for a pretrained model {REVIEWS}, if it is there)")
+    add("--sft-steps", type=int, help="steps of supervised fine-tuning on the texts of --data that make pi_ref of a "
+        "pretrained model, done once and kept (default 200; 0 if --data has no such texts)")
+    add("--judge", help="who judges responses: golden (the built-in world's true reward), vader, a directory with a "
+        "judge.json or a sequence-classification model, task (the one that --data names) or none (default task, golden "
+        "in the world, none for pairs from a file; rlhf.py trains its own)")
     add("--steps", type=int, default=400, help="optimizer steps (default 400; rlhf.py 120)")
-    add("--batch-size", type=int, default=64, help="preference pairs in a step (default 64)")
+    add("--batch-size", type=int, help="preference pairs in a step (default 64 for tiny, else 16)")
     add("--lr", type=float, help="learning rate of AdamW, constant (default 5e-4 for tiny, else 1e-5)")
     add("--beta", type=float, default=0.1, help="temperature: the larger, the closer to pi_ref (default 0.1)")
     add("--max-grad-norm", type=float, default=1.0, help="clip the gradient to this norm (default 1)")
@@ -46,8 +52,14 @@ def parser(doc: str) -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="decides everything random: pairs, their order, samples (default 0)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ... "
         "(default: cuda if there is one)")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="what the forward pass computes in; "
-        "weights and log-softmax stay float32 (default float32)")
+    add("--dtype", choices=["float32", "bfloat16"], help="what the forward pass computes in; weights and log-softmax "
+        "stay float32 (default bfloat16 for a pretrained model on a GPU, else float32)")
+    add("--train-layers", type=int, metavar="N", help="train only the last N layers: less memory and time, for CPUs "
+        "(default: all)")
+    add("--micro-batch", type=int, metavar="N", help="responses in one forward and backward pass; the gradient is that "
+        "of the whole batch, for less memory and a forward pass more (default: the whole batch at once)")
+    add("--gradient-checkpointing", action="store_true", default=None, help="keep only each layer's input for the "
+        "backward pass and compute the rest again: less memory, a forward pass more")
     add("--out", type=Path, help="the run's directory (default runs/ and the algorithm's name)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out, exactly")
     return p
@@ -56,18 +68,30 @@ def parser(doc: str) -> argparse.ArgumentParser:
 def parse(p: argparse.ArgumentParser, argv=None, may_be_zero=()) -> argparse.Namespace:
     """Parsed and checked arguments."""
     args = p.parse_args(argv)
-    if args.eval_samples is None:
-        args.eval_samples = 512 if args.model == "tiny" else 64
-    for name in ("pairs", "steps", "batch_size", "beta", "max_grad_norm", "max_new_tokens", "eval_every",
-                 "eval_samples"):
-        if getattr(args, name) <= 0 and name not in may_be_zero:
-            p.error(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
-    if args.lr is None:
-        args.lr = 5e-4 if args.model == "tiny" else 1e-5
-    if args.lr <= 0:
-        p.error(f"--lr must be positive, got {args.lr}")
-    if args.judge is None:
-        args.judge = "none" if args.data else "golden"
+    tiny = args.model == "tiny"
+    if args.data is None and not tiny and (REVIEWS / "task.json").exists():
+        args.data = str(REVIEWS)
+    args.data = None if args.data == "world" else args.data
+    prompts = args.data is None or (Path(args.data) / "task.json").exists()  # otherwise pairs from a file
+    defaults = dict(
+        eval_samples=512 if tiny else 64, batch_size=64 if tiny else 16, lr=5e-4 if tiny else 1e-5,
+        dtype="bfloat16" if args.device.startswith("cuda") and not tiny else "float32",
+        judge="golden" if args.data is None else "task" if prompts else "none",
+        sft_steps=200 if prompts and not tiny else None)
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.sft_steps = args.sft_steps or None
+    for name in ("pairs", "steps", "batch_size", "lr", "beta", "max_grad_norm", "max_new_tokens", "eval_every",
+                 "eval_samples", "sft_steps", "train_layers", "micro_batch"):
+        value = getattr(args, name)
+        if value is not None and value <= 0 and name not in may_be_zero:
+            p.error(f"--{name.replace('_', '-')} must be positive, got {value}")
+    if args.sft_steps and (tiny or not prompts):
+        p.error("--sft-steps fine-tunes a pretrained model on the texts of the task; " + (
+            "tiny has learned its texts" if tiny else f"--data {args.data} has none"))
+    if args.judge == "task" and (args.data is None or not prompts):
+        p.error("--judge task is the judge that a --data directory names in its task.json; here there is none")
     return args
 
 
@@ -148,7 +172,7 @@ def write_text(path, text: str) -> None:
 def settings(args) -> dict:
     """The arguments that decide what a run computes, as JSON values."""
     return {key: str(value) if isinstance(value, Path) else value for key, value in sorted(vars(args).items())
-            if key not in ("out", "resume")}
+            if key not in ("out", "resume", "pi_ref")}
 
 
 def save_checkpoint(args, step, policy, optimizer, seconds) -> None:

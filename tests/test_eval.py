@@ -20,7 +20,6 @@ from eval import (
     evaluator,
     finish,
     implicit_reward_metrics,
-    load_judge,
     main,
     mean_over_seeds,
     plot_curve,
@@ -30,6 +29,7 @@ from eval import (
     wilson_interval,
     win_rate,
 )
+from judges import load_judge
 
 PNG = b"\x89PNG\r\n\x1a\n"
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
@@ -345,15 +345,6 @@ def test_golden_and_none_are_judges_too():
     assert load_judge("golden") is data.golden_judge and load_judge("none") is None
 
 
-def test_a_judge_with_two_labels_is_refused(tmp_path, tokenizer):
-    lm.save(random_model(GPT2ForSequenceClassification, 5, len(tokenizer), num_labels=2), tokenizer, tmp_path / "two")
-    with pytest.raises(ValueError, match="--judge .*two: needs a decoder with one label.*has 2 labels"):
-        load_judge(str(tmp_path / "two"))
-
-
-def test_a_judge_that_is_not_there_is_refused():
-    with pytest.raises(ValueError, match="--judge no/judge: neither 'golden' nor a directory"):
-        load_judge("no/judge")
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -26,9 +26,10 @@ PROGRAMS = {"hypo.py": hypo.main, "dpo.py": dpo.main, "rlhf.py": rlhf.main, "eva
 # DESIGN: an arrow means "imports"; none runs back, and coverage is a leaf
 ARROWS = {
     "study": {"experiments", "report", "eval", "data", "run"}, "report": {"eval", "data"},
-    "experiments": {"hypo", "rlhf", "dpo", "eval", "data", "lm", "run"}, "hypo": {"dpo", "eval", "data", "lm", "run"},
-    "rlhf": {"eval", "data", "lm", "run"}, "dpo": {"eval", "data", "lm", "run"}, "eval": {"data", "lm"},
-    "data": set(), "lm": set(), "run": set(), "coverage": set(),
+    "experiments": {"hypo", "rlhf", "dpo", "eval", "judges", "data", "lm", "run"},
+    "hypo": {"dpo", "task", "eval", "lm", "run"}, "rlhf": {"task", "eval", "judges", "data", "lm", "run"},
+    "dpo": {"task", "eval", "data", "lm", "run"}, "task": {"judges", "data", "lm", "run"}, "eval": {"data", "lm"},
+    "judges": {"data", "lm"}, "data": set(), "lm": set(), "run": set(), "coverage": set(),
 }
 
 

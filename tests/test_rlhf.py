@@ -18,7 +18,8 @@ from transformers import GPT2Config, GPT2ForSequenceClassification
 import data
 import lm
 import rlhf
-from eval import load_judge
+import task
+from judges import load_judge
 from models import random_gpt2
 
 small = st.floats(-5, 5)
@@ -368,7 +369,7 @@ def test_a_response_without_eos_is_charged_and_one_with_it_is_not(policy, ref):
 @pytest.mark.parametrize("more", [[], ["--rloo"]], ids=["ppo", "rloo"])
 def test_training_raises_the_reward_it_is_given(more, model_dir, tmp_path, monkeypatch):
     """A judge that likes the word "superb"; a sign lost between the loss and the loop would shun it."""
-    monkeypatch.setattr(rlhf, "load_judge", lambda name, device: lambda prompts, texts: [
+    monkeypatch.setattr(task, "load_judge", lambda name, device: lambda prompts, texts: [
         float("superb" in text) for text in texts])
     rlhf.main(["--model", str(model_dir), "--out", str(tmp_path / "r"), *SMALL, "--steps", "40", "--eval-every", "40",
                "--batch-size", "32", "--beta", "0", "--judge", "any", *more])

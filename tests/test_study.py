@@ -22,8 +22,8 @@ import experiments
 import lm
 import report
 import study
-from eval import load_judge
 from experiments import CLASSIFY, EARLY, FINAL, GOLDEN, OFFLINE, Run, needs, recorded, replay, setting_of, with_needs
+from judges import load_judge
 from models import random_gpt2
 
 ROOT = Path(__file__).parent.parent
