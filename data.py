@@ -172,7 +172,8 @@ def load_pairs(source: str | None, n: int, respond, tokenizer, seed: int, judge=
         if not (Path(source) / "pairs.jsonl").exists():
             raise ValueError(f"--data {source}: the directory has neither prompts.jsonl nor pairs.jsonl; the commands "
                              "in recipes/ make such directories")
-        pairs, held_out = (read_jsonl(Path(source) / f"{name}.jsonl", tokenizer) for name in ("pairs", "held_out_pairs"))
+        pairs, held_out = (read_jsonl(Path(source) / f"{name}.jsonl", tokenizer)
+                           for name in ("pairs", "held_out_pairs"))
         return pairs, prompts_of(pairs), held_out, prompts_of(held_out)
     pairs = read_jsonl(source, tokenizer) if Path(source).exists() else read_hub(source, tokenizer)
     prompts = prompts_of(pairs)

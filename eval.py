@@ -141,7 +141,9 @@ def finish(args, policy, tokenizer, seconds: float) -> dict:
         "tokens_per_second": round(sum(line.get("tokens", 0) for line in lines) / seconds),
         "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
     }
-    lm.save(policy, tokenizer, args.out / "policy", model_card(args, measured))
+    lm.save(policy, tokenizer, args.out / "policy", model_card(
+        args, "A policy for research on preference fine-tuning. It goes on where the prompt ends, and was measured on "
+        "the prompts of its own task only.", measured))
     plot_curve(args.out, summary, lines)
     data.write_text(args.out / "summary.json", json.dumps(summary, indent=1) + "\n")
     print(table([{"run": "pi_ref", **lines[0]}, {"run": args.algorithm, **lines[-1]}]))
@@ -150,20 +152,17 @@ def finish(args, policy, tokenizer, seconds: float) -> dict:
     return summary
 
 
-def model_card(args, measured: dict) -> str:
-    """README.md of a saved model: how it was made and what was measured; the head is what model hubs read."""
+def model_card(args, what: str, measured: dict) -> str:
+    """README.md of a saved model: what it is, how it was made, what was measured; its head is for model hubs."""
     base = "" if args.model == "tiny" or Path(args.model).is_dir() else f"base_model: {args.model}\n"
-    settings = [f"| {key} | {value} |" for key, value in sorted(vars(args).items())
-                if value is not None and key not in ("out", "resume", "pi_ref")]
-    results = [f"| {key} | {value:.4g} |" for key, value in measured.items() if isinstance(value, float)]
+    results = [f"| {name} | {value:.4g} |" for name, value in measured.items() if isinstance(value, float)]
+    settings = [f"| {name} | {value} |" for name, value in sorted(vars(args).items())
+                if value is not None and name not in ("out", "resume", "pi_ref")]
     return "\n".join([
         f"---\nlibrary_name: transformers\n{base}tags: [{args.algorithm}, rlhf]\n---",
-        f"# {args.algorithm} on {Path(args.model).name}", "", f"Step {args.steps} of {args.algorithm}, started from `{args.model}`. The responses it was trained on and "
-        "measured by follow a prompt directly, without a chat template unless the data had one. Not tested for any use "
-        "beyond that measurement.", "",
+        f"# {args.algorithm} on {Path(args.model).name}", "", what, "",
         "| measured on held-out prompts | |", "| --- | ---: |", *results, "",
-        "| setting | |", "| --- | --- |", *settings,
-    ]) + "\n"
+        "| setting | |", "| --- | --- |", *settings]) + "\n"
 
 
 def read_metrics(run) -> list[dict]:

@@ -113,7 +113,9 @@ def fit_in_memory(model, args):
             trained = trained or parameter is first
             parameter.requires_grad_(trained)
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.eval()  # layers are computed again in the backward pass, when eval_mode is over
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     model.micro_batch = args.micro_batch
     return model
 

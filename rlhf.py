@@ -38,7 +38,7 @@ import torch.nn.functional as F
 import data
 import lm
 import run
-from eval import evaluator, finish
+from eval import evaluator, finish, model_card
 from judges import load_judge
 from task import set_up
 
@@ -299,8 +299,11 @@ def stage_1(args, ref, tokenizer, respond, pairs, prompts, held_out, held_out_te
     prompt_ids = [lm.encode_prompt(tokenizer, prompt) for prompt in prompts]
     scorer.config.reward_center = predict(scorer, prompt_ids, samples).mean().item()
     scorer.config.reward_clip = args.reward_clip
-    lm.save(scorer, tokenizer, args.out / "model")
-    print("reward model, held out: " + ", ".join(f"{key} {value:.3f}" for key, value in evaluate(scorer).items()))
+    measured = evaluate(scorer)
+    lm.save(scorer, tokenizer, args.out / "model", model_card(
+        args, "A reward model. The reward is the score after prompt + response + EOS, read at that EOS, less "
+        "`reward_center` of config.json: pi_ref's mean.", measured))
+    print("reward model, held out: " + ", ".join(f"{name} {value:.3f}" for name, value in measured.items()))
 
 
 def main(argv=None):

@@ -342,7 +342,7 @@ def fails(main, arguments, capsys) -> str:
     (dpo.main, ["--loss", "ip0"], "invalid choice: 'ip0'"),
     (dpo.main, ["--length-average"], "--length-average is an option of --loss ipo"),
     (dpo.main, ["--sampling", "iterative", "--rounds", "10"], "--rounds must be from 1 to --steps 9"),
-    (dpo.main, ["--sampling", "online", "--judge", "no/such"], "--judge no/such: neither golden, vader or none, nor a directory"),
+    (dpo.main, ["--sampling", "online", "--judge", "no/such"], "--judge no/such: neither golden, vader or none, nor a"),
     (dpo.main, ["--sampling", "online", "--data", "x.jsonl"], "needs --judge"),
     (hypo.main, ["--data", "no-such.jsonl"], "no such file"),
 ])
