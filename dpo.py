@@ -156,9 +156,9 @@ def main(argv=None):
     if args.sampling != "offline" and args.judge == "none":
         parser.error(f"--sampling {args.sampling} needs --judge to label the policy's samples: golden, vader, or "
                      "a directory with a reward model")
-    if not 1 <= args.rounds <= args.steps:
+    if args.sampling == "iterative" and not 1 <= args.rounds <= args.steps:
         parser.error(f"--rounds must be from 1 to --steps {args.steps}, got {args.rounds}")
-    args.round_steps = -(-args.steps // args.rounds)
+    args.round_steps = -(-args.steps // max(1, args.rounds))
 
     with run.precision(args):
         s = set_up(args)

@@ -294,7 +294,7 @@ def stage_1(args, ref, tokenizer, respond, pairs, prompts, held_out, held_out_te
     train_reward(scorer, pairs, evaluate, args)
 
     # pi_ref's mean reward becomes 0; the loss does not see a shift, but a clip and an EOS penalty do
-    prompts = prompts[:512]
+    prompts = [prompts[i % len(prompts)] for i in range(512)]
     _, samples = respond(prompts, run.seed_of(args.seed, "center"))
     prompt_ids = [lm.encode_prompt(tokenizer, prompt) for prompt in prompts]
     scorer.config.reward_center = predict(scorer, prompt_ids, samples).mean().item()

