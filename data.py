@@ -130,11 +130,12 @@ def sft_corpus(n: int = 20_000) -> list[tuple[str, str]]:
 # ---------------------------------------------------------------------------------------------------
 # preference pairs: dicts with the strings prompt, chosen, rejected (and where: the line they came from)
 
-def collect_pairs(respond, prompts: list[str], n: int, seed: int, judge=golden_judge) -> list[dict]:
+def collect_pairs(respond, prompts: list[str], n: int, seed: int, judge=golden_judge, sure: bool = False) -> list[dict]:
     """n labelled pairs: two responses to each prompt, the winner drawn from Bradley-Terry.
 
     respond: function (prompts, seed) -> (texts, token ids), an independent sample of the policy for each.
     judge:   function (prompts, responses) -> rewards; P(a beats b) = sigmoid(r(a) - r(b)).
+    sure:    the larger reward always wins, and equal ones are drawn again.
     A pair keeps its token ids, for a sampled text may tokenise otherwise. Equal texts are drawn again.
     """
     rng, pairs = random.Random(seed), []
@@ -144,7 +145,11 @@ def collect_pairs(respond, prompts: list[str], n: int, seed: int, judge=golden_j
         rewards = judge(asked * 2, texts)
         for i, prompt in enumerate(asked):
             j = i + len(asked)
-            if rng.random() >= (1 + math.tanh((rewards[i] - rewards[j]) / 2)) / 2:  # the sigmoid; cannot overflow
+            if sure and rewards[i] == rewards[j]:
+                continue
+            p = float(rewards[i] > rewards[j]) if sure else (  # the sigmoid, in a form that cannot overflow
+                1 + math.tanh((rewards[i] - rewards[j]) / 2)) / 2
+            if rng.random() >= p:
                 i, j = j, i
             if texts[i] != texts[j]:
                 pairs.append({"prompt": prompt, "chosen": texts[i], "rejected": texts[j],
@@ -160,14 +165,15 @@ def load_pairs(source: str | None, n: int, respond, tokenizer, seed: int, judge=
     """(pairs, prompts) to train on and (pairs, prompts) held out, from prompts or from a file of pairs.
 
     source: None for the built-in world, or a directory with prompts.jsonl and held_out_prompts.jsonl: n pairs
-    to train on and n_held_out, collected with `respond` and labelled by `judge`. Or a JSONL file or a hub data
-    set, of whose prompts a tenth (at least one) is held out with all its rows; or a directory with pairs.jsonl
-    and held_out_pairs.jsonl.
+    to train on and n_held_out, collected with `respond` and labelled by `judge` (for a directory without noise, as
+    in the DPO paper's experiment on sentiment). Or a JSONL file or a hub data set, of whose prompts a tenth (at
+    least one) is held out with all its rows; or a directory with pairs.jsonl and held_out_pairs.jsonl.
     """
     if source is None or (Path(source) / "prompts.jsonl").exists():
         train, held_out = world_prompts() if source is None else read_prompts(source)
-        return (collect_pairs(respond, train, n, seed, judge), train,
-                collect_pairs(respond, held_out, n_held_out, seed + 10**6, judge), held_out)
+        sure = source is not None
+        return (collect_pairs(respond, train, n, seed, judge, sure), train,
+                collect_pairs(respond, held_out, n_held_out, seed + 10**6, judge, sure), held_out)
     if Path(source).is_dir():
         if not (Path(source) / "pairs.jsonl").exists():
             raise ValueError(f"--data {source}: the directory has neither prompts.jsonl nor pairs.jsonl; the commands "

@@ -3,7 +3,8 @@
     python dpo.py                                      # DPO on 400 offline pairs of the built-in world
     python dpo.py --loss ipo --sampling online         # IPO on pairs that the policy itself just wrote
     python dpo.py --loss ipo --sampling iterative --rounds 4
-    python dpo.py --model gpt2 --data pairs.jsonl --batch-size 8
+    python dpo.py --model gpt2                         # a pretrained model, on film reviews (recipes/README.md)
+    python dpo.py --model gpt2 --data pairs.jsonl      # or on your own preferences
 
 Every loss sees a policy only through log-ratios h(y) = log pi(y|x) - log pi_ref(y|x), nats a sequence:
 

@@ -2,7 +2,8 @@
 
     python hypo.py                                     # the built-in world, two minutes on a laptop
     python hypo.py --lam 0                             # exactly dpo.py
-    python hypo.py --model gpt2 --data pairs.jsonl --batch-size 8
+    python hypo.py --model gpt2                        # a pretrained model, on film reviews (recipes/README.md)
+    python hypo.py --model gpt2 --data pairs.jsonl     # or on your own preferences
 
 Algorithm 1 of Song, Swamy, Singh, Bagnell, Sun 2024, "The Importance of Online Data: Understanding
 Preference Fine-tuning via Coverage" (arXiv 2406.01462):
