@@ -16,6 +16,7 @@ lengths, never from token ids, so a tokenizer whose pad token is its EOS (GPT-2)
 
 import contextlib
 import copy
+import functools
 import hashlib
 import json
 import os
@@ -188,7 +189,8 @@ def encode_prompt(tokenizer, text: str) -> list[int]:
 
 def encode_response(tokenizer, text: str, max_new_tokens: int) -> list[int]:
     """Token ids with exactly one EOS at the end; or, if that is too long, cut and then without EOS."""
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    lead = line_start(tokenizer)
+    ids = tokenizer.encode("\n" + text if lead else text, add_special_tokens=False)[len(lead):]
     if ids[-1:] != [tokenizer.eos_token_id]:
         ids.append(tokenizer.eos_token_id)
     return ids[:max_new_tokens]
@@ -196,7 +198,20 @@ def encode_response(tokenizer, text: str, max_new_tokens: int) -> list[int]:
 
 def decode(tokenizer, ids: list[int]) -> str:
     """The text of a response, without its EOS."""
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    lead = line_start(tokenizer)
+    text, before = (tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                    for row in (lead + ids, lead))
+    return text[len(before):]
+
+
+@functools.lru_cache
+def line_start(tokenizer) -> list[int]:
+    """The ids of a line break for tokenizers that put a space before every text (Llama 2, Mistral); else none.
+
+    A response is no start of a text: it is encoded, and decoded, behind a line break that is then taken off.
+    """
+    ids = lambda text: tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
+    return ids("\n") if ids("\na")[len(ids("\n")):] != ids("a") else []
 
 
 def encode_pairs(model, tokenizer, pairs: list[dict], max_new_tokens: int) -> list[dict]:

@@ -226,6 +226,14 @@ def test_labels_follow_the_judge_that_is_given():
     assert {pair["chosen"] for pair in pairs} == {" slow and dull."}
 
 
+def test_a_sure_label_is_always_the_larger_reward_and_equal_ones_are_drawn_again():
+    respond = sampler(" good.", " clever.", " superb.", " dull.")
+    collect = lambda sure: data.collect_pairs(respond, ["The plot was"], 300, seed=1, sure=sure)  # noqa: E731
+    gap = lambda pair: data.golden_reward("", pair["chosen"]) - data.golden_reward("", pair["rejected"])  # noqa: E731
+    assert all(gap(pair) > 0 for pair in collect(sure=True))
+    assert {gap(pair) > 0 for pair in collect(sure=False)} == {True, False}, "Bradley-Terry labels err, and ties count"
+
+
 def test_equal_texts_are_never_paired_and_ids_stay_with_their_text():
     prompts = world_prompts()[0]
     pairs = data.collect_pairs(sampler(" superb.", " superb.", " superb.", " dull."), prompts, 300, seed=3)

@@ -1,0 +1,111 @@
+"""Our DPO against TRL's: the same directory and the same pairs give the same training, step by step.
+
+TRL is large and no requirement of this project; where it is missing, these tests are skipped.
+"""
+
+import argparse
+import json
+
+import pytest
+import torch
+
+import data
+import dpo
+import lm
+import run
+from models import random_model
+
+try:
+    import accelerate  # noqa: F401
+    import datasets
+    from trl import DPOConfig, DPOTrainer
+except ImportError:
+    pytest.skip("needs trl==1.16.0 datasets accelerate: pip install trl==1.16.0 datasets accelerate",
+                allow_module_level=True)
+
+STEPS, BATCH, LONGEST = 20, 4, 24
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def directory(request, tmp_path_factory):
+    """A model directory, and beside it pairs.jsonl with 24 pairs of the world: two responses to each prompt."""
+    corpus = data.sft_corpus(2000)
+    tokenizer = lm.word_tokenizer([text for pair in corpus for text in pair])
+    directory = tmp_path_factory.mktemp(request.param) / "model"
+    lm.save(random_model(request.param, len(tokenizer), dtype=torch.float32), tokenizer, directory)
+    pairs = [{"prompt": prompt, "chosen": chosen, "rejected": rejected}
+             for (prompt, chosen), (_, rejected) in zip(corpus[:24], corpus[1000:])]
+    data.write_jsonl(directory.with_name("pairs.jsonl"), pairs)
+    return directory
+
+
+def train_ours(directory, out, **changes):
+    """(policy, its token ids of every pair in the order of training, (STEPS, 2) losses and gradient norms)."""
+    args = argparse.Namespace(**{**dict(
+        loss="dpo", beta=0.1, length_average=False, lr=1e-3, max_grad_norm=1.0, batch_size=BATCH, steps=STEPS,
+        eval_every=STEPS, seed=0, device="cpu", resume=False, out=out), **changes})
+    out.mkdir()
+    policy, tokenizer = lm.load(str(directory))
+    pairs = lm.encode_pairs(policy, tokenizer, data.read_jsonl(directory.with_name("pairs.jsonl"), tokenizer), LONGEST)
+    dpo.train(policy, dpo.offline(lm.frozen_copy(policy), pairs, args), lambda policy: {}, args)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[1:]]
+    order = [row for step in range(1, STEPS + 1) for row in run.minibatch(pairs, args, step)]
+    return policy, order, torch.tensor([[line["loss"], line["grad_norm"]] for line in lines])
+
+
+def train_trl(directory, out, **changes):
+    """The same of TRL: its defaults, less what would make another algorithm of it."""
+    pairs, order = data.read_rows(directory.with_name("pairs.jsonl")), argparse.Namespace(batch_size=BATCH, seed=0)
+    rows = [row for step in range(1, STEPS + 1) for row in run.minibatch(pairs, order, step)]
+    config = DPOConfig(**{**dict(
+        output_dir=str(out), beta=0.1, learning_rate=1e-3, lr_scheduler_type="constant", max_grad_norm=1.0,
+        per_device_train_batch_size=BATCH, num_train_epochs=1, train_sampling_strategy="sequential",
+        bf16=False, use_cpu=True, gradient_checkpointing=False, logging_steps=1, save_strategy="no", report_to="none",
+        disable_tqdm=True), **changes})
+    trainer = DPOTrainer(str(directory), args=config, train_dataset=datasets.Dataset.from_list(rows))
+    trainer.train()
+    policy = trainer.model
+    rows = [{"prompt": row["prompt_ids"], "chosen": row["chosen_ids"], "rejected": row["rejected_ids"]}
+            for row in trainer.train_dataset]
+    return policy, rows, torch.tensor([[line["loss"], line["grad_norm"]] for line in trainer.state.log_history
+                                       if "grad_norm" in line])
+
+
+def distance(a, b) -> float:
+    """Euclidean, over the parameters that DPO can learn.
+
+    GPT-2's bias on attention keys is none: it moves all scores of a query alike, so its gradient is 0 but for
+    rounding, and Adam divides that noise by its own size.
+    """
+    total, theirs = 0.0, dict(b.named_parameters())
+    for name, p in a.named_parameters():
+        difference = (p - theirs[name]).detach().double()
+        if name.endswith("c_attn.bias"):  # the biases on queries, keys and values, in one vector
+            difference.chunk(3)[1].zero_()
+        total += difference.square().sum().item()
+    return total ** 0.5
+
+
+# the same loss as our flags name it and as TRL's do; TRL's IPO is the one on log-ratios divided by length
+LOSSES = {"dpo": ({}, {}), "ipo": (dict(loss="ipo", length_average=True), dict(loss_type="ipo"))}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_step_and_the_parameters_after_them_are_those_of_trl(directory, loss, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # or TRL reports its use to the hub
+    ours, theirs = LOSSES[loss]
+    policy, rows, steps = train_ours(directory, tmp_path / "ours", **ours)
+    trl_policy, trl_rows, trl_steps = train_trl(directory, tmp_path / "trl", **theirs)
+    assert rows == trl_rows, "the same token ids, with one EOS, in the same order"
+    assert len(steps) == STEPS
+    assert torch.allclose(steps[0], trl_steps[0], rtol=1e-5, atol=0)
+    assert torch.allclose(steps, trl_steps, rtol=1e-3, atol=0)
+
+    start, _ = lm.load(str(directory))
+    moved = distance(trl_policy, start)
+    assert moved > 0.3 and distance(policy, trl_policy) < 1e-4 * moved
+    # negative controls: what is slightly other ends at least ten times as far away
+    for name, changes in {"beta": dict(beta=0.11), "rate": dict(lr=1.01e-3), "order": dict(seed=1)}.items():
+        other, _, other_steps = train_ours(directory, tmp_path / name, **{**ours, **changes})
+        assert distance(other, trl_policy) > 1e-3 * moved
+        assert not torch.allclose(other_steps, trl_steps, rtol=1e-3, atol=0)
