@@ -2,6 +2,7 @@
 
     python eval.py runs/hypo runs/dpo                  # one table, and goodhart.png: win rate against KL
     python eval.py runs/hypo --against runs/dpo        # win rate of one policy's responses over another's
+    python eval.py runs/hypo --samples 2048            # measure the saved policy again, on more responses
 
 A run is evaluated while it trains, on prompts it never trains on, always with the same prompts, the same
 random seed and the same opponent: pi_ref's responses. Training reads none of these numbers.
@@ -17,6 +18,9 @@ import torch
 
 import data
 import lm
+from judges import load_judge
+from run import precision
+from task import set_up
 
 # an algorithm has the same colour in every picture
 COLORS = {"hypo": "#c2410c", "dpo": "#1d4ed8", "ipo": "#0e7490", "bo2": "#6b7280", "online dpo": "#7c3aed",
@@ -315,6 +319,22 @@ def against(run, opponent) -> tuple[float, float, float]:
     return rate, *interval
 
 
+def measured_again(run, samples: int) -> dict:
+    """The last line of metrics.jsonl as it is with more responses of the saved policy, which run/again/ then holds."""
+    settings = read_settings(run)
+    if not settings:
+        raise ValueError(f"--samples: {run} is not finished, so there is no policy to measure again")
+    args = argparse.Namespace(**{**settings, "out": Path(run) / "again"})
+    with precision(args):
+        s = set_up(args)
+        args.eval_samples, learned = samples, Path(run) / "reward" / "model"
+        judge = s.outcome or (load_judge(str(learned), args.device) if learned.is_dir() else None)
+        evaluate = evaluator(args, s.ref, s.tokenizer, s.held_out_prompts, s.held_out, judge, s.second)
+        line = {"step": args.steps, **evaluate(lm.load(str(Path(run) / "policy"), device=args.device)[0])}
+    data.write_text(args.out / "metrics.jsonl", json.dumps(line) + "\n")
+    return line
+
+
 def mean_over_seeds(rows: list[dict]) -> dict:
     """One row for runs that differ only in their seed: means, and Student's 95 % interval of the win rate."""
     n = len(rows)
@@ -330,9 +350,14 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="directories that hypo.py, dpo.py or rlhf.py wrote")
     parser.add_argument("--against", metavar="RUN", help="also the win rate against this run's responses")
+    parser.add_argument("--samples", type=int, help="measure the saved policies again, on this many responses each")
     parser.add_argument("--out", default="goodhart.png", help="the picture (default goodhart.png)")
     args = parser.parse_args(argv)
     runs = {run: read_metrics(run) for run in args.runs}
+    if args.samples:
+        again = {run: measured_again(run, args.samples) for run in {**runs, args.against: None} if run}
+        for run, lines in runs.items():
+            lines[-1] = again[run]
     rows, groups, names = [], {}, {}
     for run, lines in runs.items():
         settings = read_settings(run)
@@ -344,7 +369,8 @@ def main(argv=None):
     first = next(iter(runs.values()))[0]
     print(table([{"run": "pi_ref", **first}, *rows, *(mean_over_seeds(g) for g in groups.values() if len(g) > 1)]))
     for run in runs if args.against else ():
-        print("{} against {}: win rate {:.3f} [{:.3f}, {:.3f}]".format(run, args.against, *against(run, args.against)))
+        pair = [Path(path) / "again" if args.samples else path for path in (run, args.against)]
+        print("{} against {}: win rate {:.3f} [{:.3f}, {:.3f}]".format(run, args.against, *against(*pair)))
     plot_goodhart(runs, names, args.out)
     print(f"\nwin rate against KL, a point a checkpoint: {args.out}")
 

@@ -36,7 +36,8 @@ def parser(doc: str) -> argparse.ArgumentParser:
         "it; preference pairs from a JSONL file with the fields prompt, chosen, rejected, or a hub data set, of whose "
         f"prompts a tenth is held out (default world; for a pretrained model {REVIEWS}, if it is there)")
     add("--sft-steps", type=int, help="steps of supervised fine-tuning on the texts of --data that make pi_ref of a "
-        "pretrained model, done once and kept (default 200; 0 if --data has no such texts)")
+        "pretrained model, done once and kept (default 200; 0 for a policy that a run left in its --out, and if --data "
+        "has no such texts)")
     add("--judge", help="who judges responses: golden (the built-in world's true reward), vader, a directory with a "
         "judge.json or a sequence-classification model, task (the one that --data names) or none (default task, golden "
         "in the world, none for pairs from a file; rlhf.py trains its own)")
@@ -73,11 +74,12 @@ def parse(p: argparse.ArgumentParser, argv=None, may_be_zero=()) -> argparse.Nam
         args.data = str(REVIEWS)
     args.data = None if args.data == "world" else args.data
     prompts = args.data is None or (Path(args.data) / "task.json").exists()  # otherwise pairs from a file
+    raw = not tiny and not (Path(args.model).parent / "summary.json").exists()  # not the policy of a run
     defaults = dict(
         eval_samples=512 if tiny else 64, batch_size=64 if tiny else 16, lr=5e-4 if tiny else 1e-5,
         dtype="bfloat16" if args.device.startswith("cuda") and not tiny else "float32",
         judge="golden" if args.data is None else "task" if prompts else "none",
-        sft_steps=200 if prompts and not tiny else None)
+        sft_steps=200 if prompts and raw else None)
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -49,7 +49,7 @@ class Setup(NamedTuple):
 def set_up(args) -> Setup:
     """All of it, from the arguments of a training command."""
     label, outcome, second = judges(args)
-    if args.data is None and args.model != "tiny":
+    if args.data is None and args.model != "tiny" and not has_prompts(run.REVIEWS):
         print(f"--model {args.model} learns in the built-in world, for there is no task in {run.REVIEWS}/; for film "
               "reviews, see recipes/README.md")
     args.pi_ref = reference(args)
@@ -64,21 +64,19 @@ def set_up(args) -> Setup:
 
 
 def judges(args):
-    """(label, outcome, second), see Setup; label is None for rlhf.py, which is about to train it."""
-    if has_prompts(args.data):
-        about = data.read_task(args.data)
-        outcome, second = (load_judge(str(path) if (path := Path(args.data) / about[role]).is_dir() else about[role],
-                                      args.device) for role in ("label", "second"))
-    elif args.data:
-        outcome, second = None if args.judge == "reward" else load_judge(args.judge, args.device), None
-    else:
-        outcome, second = data.golden_judge, None
-    if args.judge in ("task", "reward") or (args.data and not has_prompts(args.data)):
-        return None if args.judge == "reward" else outcome, outcome, second
-    return load_judge(args.judge, args.device), outcome, second
+    """(label, outcome, second), see Setup; --judge reward, which rlhf.py is about to train, is not here yet: None."""
+    named = None if args.judge in ("task", "reward") else load_judge(args.judge, args.device)
+    if args.data is None:
+        return named, data.golden_judge, None
+    if not has_prompts(args.data):
+        return named, named, None
+    roles = data.read_task(args.data)
+    outcome, second = (load_judge(str(inside) if (inside := Path(args.data) / name).is_dir() else name, args.device)
+                       for name in (roles["label"], roles["second"]))
+    return outcome if args.judge == "task" else named, outcome, second
 
 
-def has_prompts(source: str | None) -> bool:
+def has_prompts(source) -> bool:
     """Whether --data names a directory of prompts, whose pairs are yet to be made."""
     return source is not None and (Path(source) / "task.json").exists()
 

@@ -28,7 +28,8 @@ ARROWS = {
     "study": {"experiments", "report", "eval", "data", "run"}, "report": {"eval", "data"},
     "experiments": {"hypo", "rlhf", "dpo", "eval", "judges", "data", "lm", "run"},
     "hypo": {"dpo", "task", "eval", "lm", "run"}, "rlhf": {"task", "eval", "judges", "data", "lm", "run"},
-    "dpo": {"task", "eval", "data", "lm", "run"}, "task": {"judges", "data", "lm", "run"}, "eval": {"data", "lm"},
+    "dpo": {"task", "eval", "data", "lm", "run"}, "eval": {"task", "judges", "data", "lm", "run"},
+    "task": {"judges", "data", "lm", "run"},
     "judges": {"data", "lm"}, "data": set(), "lm": set(), "run": set(), "coverage": set(),
 }
 

@@ -28,6 +28,7 @@ import lm
 import rlhf
 import run
 import task
+from eval import main as main_eval
 from judges import bag_of_words_judge, load_judge
 from models import random_gpt2
 
@@ -147,6 +148,12 @@ def test_a_pretrained_model_takes_the_reviews_if_they_are_there(reviews, model_d
     assert run.parse(run.parser("x"), []).data is None, "the built-in model knows only its world"
 
 
+def test_the_policy_of_a_run_is_not_fine_tuned_again(model_dir, tmp_path):
+    assert settings(model_dir, "--data", "world").sft_steps == 200
+    data.write_text(tmp_path / "r" / "summary.json", "{}")
+    assert settings(tmp_path / "r" / "policy", "--data", "world").sft_steps is None
+
+
 def test_without_reviews_the_world_serves_and_the_run_says_so(model_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     task.set_up(settings(model_dir, "--sft-steps", "0"))
@@ -263,6 +270,21 @@ def test_a_run_reports_both_judges(main, more, reviews, model_dir, tmp_path, cap
     policy, ref, _, prompts, judge, _ = coverage.load_run(tmp_path / "r")
     assert torch.equal(next(ref.parameters()), next(lm.load(summary["settings"]["pi_ref"])[0].parameters()))
     assert prompts == data.read_prompts(reviews)[1] and judge([""], ["good"]) == [3.5]
+
+
+def test_a_finished_run_is_measured_again_on_more_responses(reviews, model_dir, tmp_path, capsys):
+    for name, main in dict(a=hypo.main, b=dpo.main).items():
+        main(["--model", str(model_dir), *FAST, "--sft-steps", "2", "--out", name])
+    main_eval(["a", "b", "--samples", "4"])
+    before = [data.read_rows(Path(name) / "responses.jsonl") for name in "ab"]
+    assert [data.read_rows(Path(name) / "again" / "responses.jsonl") for name in "ab"] == before, "the same 4: the same"
+    main_eval(["a", "--samples", "10", "--against", "b"])
+    assert len(data.read_rows("a/again/responses.jsonl")) == len(data.read_rows("b/again/responses.jsonl")) == 10
+    assert [data.read_rows(Path(name) / "responses.jsonl") for name in "ab"] == before, "the runs stay as they were"
+    assert "a against b: win rate" in capsys.readouterr().out
+    (tmp_path / "a" / "summary.json").unlink()
+    with pytest.raises(ValueError, match="--samples: a is not finished"):
+        main_eval(["a", "--samples", "4"])
 
 
 def test_saved_models_are_the_ecosystems(model_dir, tmp_path, monkeypatch):
