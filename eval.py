@@ -264,8 +264,8 @@ def plot_curve(out, summary: dict, lines: list[dict]) -> None:
     for axis in axes:
         axis.set_xlabel("step")
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{summary['algorithm']} on {summary['model']}, beta {summary['beta']}, seed {summary['seed']}",
-                    fontsize=10)
+    figure.suptitle(f"{summary['algorithm']} on {Path(summary['model']).name}, beta {summary['beta']}, "
+                    f"seed {summary['seed']}", fontsize=10)
     figure.savefig(Path(out) / "curve.png", dpi=130)
     plt.close(figure)
 

@@ -28,10 +28,10 @@ def parser(doc: str) -> argparse.ArgumentParser:
     """An argument parser with the flags that all training commands take."""
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument_group("common to all training commands").add_argument
-    add("--model", default="tiny", help="the language model to start from, which is also pi_ref: tiny (built in, "
-        "made on first use), a transformers directory, or a name on the model hub such as gpt2 (default tiny)")
-    add("--pairs", type=int, default=400, help="offline preference pairs to collect in the built-in world, two "
-        "samples of pi_ref labelled by the golden preference (default 400)")
+    add("--model", default="tiny", help="the language model to start from: tiny (built in, made on first use), a "
+        "transformers directory, or a name on the model hub such as gpt2 (default tiny)")
+    add("--pairs", type=int, help="offline preference pairs to collect, two samples of pi_ref each, labelled by the "
+        "judge of the task; of no use if --data holds pairs (default 400 for tiny, else 1000)")
     add("--data", help="what to learn: world (built in); a directory with prompts, as recipes/movie_reviews.py makes "
         "it; preference pairs from a JSONL file with the fields prompt, chosen, rejected, or a hub data set, of whose "
         f"prompts a tenth is held out (default world; for a pretrained model {REVIEWS}, if it is there)")
@@ -43,7 +43,8 @@ def parser(doc: str) -> argparse.ArgumentParser:
         "in the world, none for pairs from a file; rlhf.py trains its own)")
     add("--steps", type=int, default=400, help="optimizer steps (default 400; rlhf.py 120)")
     add("--batch-size", type=int, help="preference pairs in a step (default 64 for tiny, else 16)")
-    add("--lr", type=float, help="learning rate of AdamW, constant (default 5e-4 for tiny, else 1e-5)")
+    add("--lr", type=float, help="learning rate of AdamW, constant (default 5e-4 for tiny, else 2e-5; with "
+        "--train-layers try 1e-4)")
     add("--beta", type=float, default=0.1, help="temperature: the larger, the closer to pi_ref (default 0.1)")
     add("--max-grad-norm", type=float, default=1.0, help="clip the gradient to this norm (default 1)")
     add("--max-new-tokens", type=int, default=24, help="longest response, in tokens (default 24)")
@@ -76,7 +77,8 @@ def parse(p: argparse.ArgumentParser, argv=None, may_be_zero=()) -> argparse.Nam
     prompts = args.data is None or (Path(args.data) / "task.json").exists()  # otherwise pairs from a file
     raw = not tiny and not (Path(args.model).parent / "summary.json").exists()  # not the policy of a run
     defaults = dict(
-        eval_samples=512 if tiny else 64, batch_size=64 if tiny else 16, lr=5e-4 if tiny else 1e-5,
+        pairs=400 if tiny else 1000, batch_size=64 if tiny else 16, lr=5e-4 if tiny else 2e-5,
+        eval_samples=512 if tiny else 64,
         dtype="bfloat16" if args.device.startswith("cuda") and not tiny else "float32",
         judge="golden" if args.data is None else "task" if prompts else "none",
         sft_steps=200 if prompts and raw else None)
