@@ -37,7 +37,6 @@ from transformers import (
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
 )
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()  # its bars for loading a file would break up ours
@@ -71,9 +70,14 @@ def make_scorer(model):
     """The network of a language model with one score in place of the vocabulary, zero at first."""
     config = copy.deepcopy(model.config)
     config.num_labels = 1
-    # transformers' own reading of a padded batch needs a pad token that is not EOS; without one it reads text by text
-    config.pad_token_id = None if config.pad_token_id == config.eos_token_id else config.pad_token_id
-    scorer = AutoModelForSequenceClassification.from_config(config).to(model.device, model.dtype)
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if getattr(config, "pad_token_id", None) in ends:
+        config.pad_token_id = None  # or transformers would take the EOS for padding and read the score before it
+    try:
+        scorer = AutoModelForSequenceClassification.from_config(config).to(model.device, model.dtype)
+    except ValueError:
+        raise ValueError(f"transformers has no sequence classification for models of type {config.model_type}, so there "
+                         "can be no reward model and no value function; dpo.py and hypo.py need neither") from None
     scorer.base_model.load_state_dict(model.base_model.state_dict())
     torch.nn.init.zeros_(scorer.score.weight)
     return scorer.eval()
@@ -103,22 +107,28 @@ def fit_in_memory(model, args):
     """The model, trained as --train-layers, --micro-batch and --gradient-checkpointing say; None changes nothing.
 
     The first freezes all but the last N layers and what follows them (final norm, an untied head, a score).
-    The other two change no gradient, only how much memory it takes: see in_parts and eval_mode.
+    The other two change no gradient, only how much memory it takes: see in_parts, and layers whose activations are
+    dropped and made again.
     """
     if args.train_layers:
-        layers = max((m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
+        layers = layers_of(model)
         if args.train_layers > len(layers):
             raise ValueError(f"--train-layers {args.train_layers}: this model has {len(layers)} layers")
         first, trained = next(layers[-args.train_layers].parameters()), False
         for parameter in model.parameters():  # in the order of the network, from the embedding up
             trained = trained or parameter is first
             parameter.requires_grad_(trained)
-    if args.gradient_checkpointing:
+    if args.gradient_checkpointing:  # not by transformers' switch, which works in training mode only: with dropout
         model.eval()  # layers are computed again in the backward pass, when eval_mode is over
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        for layer in layers_of(model):
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     model.micro_batch = args.micro_batch
     return model
+
+
+def layers_of(model):
+    """The transformer's layers, from the lowest up."""
+    return max((m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
 
 
 def save(model, tokenizer, directory, card: str = "") -> None:
@@ -245,7 +255,7 @@ def encode_pairs(model, tokenizer, pairs: list[dict], max_new_tokens: int) -> li
 def check_known(tokenizer, text: str, where: str) -> None:
     """ValueError if the text has words outside the tokenizer's vocabulary."""
     ids = tokenizer.encode(text, add_special_tokens=False)
-    if tokenizer.unk_token_id in ids:
+    if tokenizer.unk_token_id in ids and tokenizer.unk_token not in text:  # GPT-2's is its EOS: it may be written out
         raise ValueError(f"{where}: the model's tokenizer does not know every word; it reads "
                          f"{tokenizer.decode(ids)!r:.90}. The tiny model knows only the built-in world: for other "
                          "text give --model a pretrained one")
@@ -260,18 +270,13 @@ def context_length(model) -> int:
 # log-probabilities
 
 @contextlib.contextmanager
-def eval_mode(model, checkpointing: bool = False):
+def eval_mode(model):
     """Dropout off, whatever mode the model is in; the mode is put back afterwards.
 
-    With dropout, log pi / pi_ref would not be 0 where the two policies are equal. checkpointing: allow it where
-    it was enabled; transformers asks a layer's own mode for that, and the dropout in the layer asks the dropout's.
+    With dropout, log pi / pi_ref would not be 0 where the two policies are equal.
     """
     mode = model.training
     model.eval()
-    if checkpointing and torch.is_grad_enabled():
-        for layer in model.modules():
-            if isinstance(layer, GradientCheckpointingLayer):
-                layer.training = layer.gradient_checkpointing
     try:
         yield
     finally:
@@ -326,7 +331,7 @@ def response_logits(model, prompts: list[list[int]], responses: list[list[int]])
     """
     ids, attention_mask, positions, mask = lay_out(prompts, responses, model.device)
     T = mask.shape[1]
-    with eval_mode(model, checkpointing=True):  # the last token predicts nothing
+    with eval_mode(model):  # the last token predicts nothing
         logits = model(ids[:, :-1], attention_mask=attention_mask[:, :-1], position_ids=positions[:, :-1],
                        logits_to_keep=T, use_cache=False).logits
     return logits.to(torch.promote_types(logits.dtype, torch.float32)), ids[:, -T:], mask
@@ -344,7 +349,7 @@ def scores(scorer, prompts: list[list[int]], responses: list[list[int]]):
 
 def _scores(scorer, prompts, responses):
     ids, attention_mask, positions, mask = lay_out(prompts, responses, scorer.device)
-    with eval_mode(scorer, checkpointing=True):
+    with eval_mode(scorer):
         hidden = scorer.base_model(ids, attention_mask=attention_mask, position_ids=positions,
                                    use_cache=False).last_hidden_state  # (B, P + T, D)
         return scorer.score(hidden[:, -mask.shape[1] - 1:]).squeeze(-1).float(), mask

@@ -29,24 +29,6 @@ def plain_logp(model, prompt, response) -> float:
     return total
 
 
-@given(batches)
-def test_padding_and_batch_mates_change_nothing(batch):
-    prompts, responses = (list(side) for side in zip(*batch))
-    got = lm.logps(MODEL, prompts, responses).tolist()
-    for value, prompt, response in zip(got, prompts, responses):
-        assert value == pytest.approx(plain_logp(MODEL, prompt, response), abs=1e-10)
-
-
-@given(ids, ids, st.integers(1, 6), st.integers(1, 6))
-def test_left_and_right_padding_change_nothing(prompt, response, left, right):
-    """A longer batch-mate on either side pads this row by `left` or `right` tokens."""
-    mates = [1] * (len(prompt) + left), [1] * (len(response) + right)
-    alone = lm.token_logps(MODEL, [prompt], [response])[0][0]
-    together, mask = lm.token_logps(MODEL, [prompt, mates[0]], [response, mates[1]])
-    assert torch.allclose(together[0, :len(response)], alone, atol=1e-10)
-    assert together[0, len(response):].eq(0).all() and mask[0].sum() == len(response)
-
-
 def test_negative_control_positions_that_count_padding_differ(monkeypatch):
     """Without position ids from the mask, GPT-2's learned positions shift by the padding."""
     forward = MODEL.forward
@@ -59,11 +41,6 @@ def test_negative_control_positions_that_count_padding_differ(monkeypatch):
     monkeypatch.setattr(MODEL, "forward", without_positions)
     padded = lm.logps(MODEL, [prompt, [1] * 9], [response, [1]])[0].item()
     assert abs(padded - alone) > 1e-3
-
-
-def test_mask_comes_from_lengths_though_pad_and_eos_are_the_same_token():
-    _, mask = lm.token_logps(MODEL, [[1], [1, 2]], [[3, EOS], [4, 5, 6, EOS]])
-    assert mask.tolist() == [[True, True, False, False], [True, True, True, True]]
 
 
 def test_the_eos_is_trained():
@@ -153,16 +130,6 @@ def test_a_sample_is_cut_after_its_first_eos_or_at_the_limit_and_ignores_its_bat
     assert all(row[-1] == EOS or len(row) == 5 for row in rows)
     assert {len(row) for row in rows} >= {1, 5}, "both ways to end must occur in this test"
     assert model.training
-
-
-def test_greedy_sampling_with_a_cache_equals_scoring_without_one():
-    """Temperature near 0: each token must be the argmax of the uncached, unpadded model."""
-    model = random_gpt2(11, seed=7)
-    plain = copy.deepcopy(model).eval()
-    prompts = [[1, 2, 3], [4], [5, 6]]
-    for prompt, row in zip(prompts, lm.sample(model, prompts, 6, EOS, torch.Generator().manual_seed(0), 1e-6)):
-        for t, token in enumerate(row):
-            assert plain(torch.tensor([prompt + row[:t]])).logits[0, -1].argmax() == token
 
 
 def test_same_seed_same_samples_other_seed_others():
@@ -294,3 +261,14 @@ def test_sft_teaches_a_text(words):
     before = lm.logps(model, [prompt], [response]).item()
     lm.sft(model, words, [("The plot was", " never dull.")], steps=60, batch_size=2, lr=1e-2, seed=0)
     assert lm.logps(model, [prompt], [response]).item() > -0.1 > before
+
+
+def test_a_text_may_hold_the_eos_though_it_is_the_unknown_word_too():
+    """As a chat template writes it; the EOS at the end of a response stays one."""
+    tokenizer = lm.word_tokenizer(["The plot was dull."])
+    model = random_gpt2(len(tokenizer))
+    pair = {"prompt": "The plot<eos> was", "chosen": " dull.<eos>", "rejected": "."}
+    row, = lm.encode_pairs(model, tokenizer, [pair], 9)
+    assert row["chosen"] == lm.encode_response(tokenizer, " dull.", 9) and row["chosen"].count(0) == 1
+    with pytest.raises(ValueError, match="does not know every word"):
+        lm.encode_pairs(model, tokenizer, [{"prompt": "The", "chosen": " soup.", "rejected": "."}], 9)

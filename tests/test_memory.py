@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import OPTConfig, OPTForCausalLM
 
 import dpo
 import lm
@@ -124,9 +125,21 @@ def test_recomputed_layers_give_the_same_gradient_without_dropout(architecture):
     assert torch.allclose(gradient(model, preference_loss(model, triples)), plain, atol=1e-10)
 
 
+def test_dropout_stays_off_where_a_layer_asks_its_own_mode():
+    """OPT's layers drop by their own training flag, which transformers' switch for checkpointing needs to be set."""
+    torch.manual_seed(0)
+    model = OPTForCausalLM(OPTConfig(
+        vocab_size=11, hidden_size=16, ffn_dim=16, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=16,
+        max_position_embeddings=32, init_std=0.4, dropout=0.5)).double()
+    triples = [([1, 2], [3], [4, 5]), ([2], [6, 1, 4], [3])]
+    plain = gradient(model.train(), preference_loss(model, triples))
+    lm.fit_in_memory(model, flags(gradient_checkpointing=True))
+    assert torch.allclose(gradient(model, preference_loss(model, triples)), plain, atol=1e-10)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_checkpointing_leaves_sampling_alone(architecture):
-    """transformers drops the key-value cache of a layer that is checkpointed: sampling must not be."""
+    """transformers' switch drops the key-value cache of a layer that is checkpointed."""
     model = random_model(architecture, 11)
     draw = lambda: lm.sample(model, [[1, 2], [3]], 6, EOS, torch.Generator().manual_seed(0))  # noqa: E731
     before = draw()

@@ -16,6 +16,8 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
+    GraniteConfig,
+    GraniteForCausalLM,
     PreTrainedTokenizerFast,
     pipeline,
 )
@@ -304,6 +306,13 @@ def test_saved_models_are_the_ecosystems(model_dir, tmp_path, monkeypatch):
         text = Path(card).read_text()
         assert text.startswith("---\nlibrary_name: transformers\n") and "| seed | 0 |" in text
     assert "read at that EOS" in text and "reward_accuracy" in text
+
+
+def test_no_reward_model_where_transformers_has_none():
+    model = GraniteForCausalLM(GraniteConfig(vocab_size=11, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                                             num_attention_heads=2, num_key_value_heads=1))
+    with pytest.raises(ValueError, match="no sequence classification for models of type granite"):
+        lm.make_scorer(model)
 
 
 def test_a_scorer_starts_as_the_network_of_its_model_with_score_zero():
