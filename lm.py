@@ -76,8 +76,8 @@ def make_scorer(model):
     try:
         scorer = AutoModelForSequenceClassification.from_config(config).to(model.device, model.dtype)
     except ValueError:
-        raise ValueError(f"transformers has no sequence classification for models of type {config.model_type}, so there "
-                         "can be no reward model and no value function; dpo.py and hypo.py need neither") from None
+        raise ValueError(f"transformers has no sequence classification for models of type {config.model_type}, so no "
+                         "reward model and no value function can be made; dpo.py and hypo.py need neither") from None
     scorer.base_model.load_state_dict(model.base_model.state_dict())
     torch.nn.init.zeros_(scorer.score.weight)
     return scorer.eval()
