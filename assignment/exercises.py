@@ -1,0 +1,105 @@
+"""The exercises: which functions a student writes, what each is worth, and the one hint.
+
+The one table that the handout, the grader, the tests' messages and the planted mistakes share. The tests of
+exercise n are tests/test_<n>_*.py; a function is named by its file and its name.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).resolve().parent
+PROJECT = HERE.parent
+
+
+class Exercise(NamedTuple):
+    number: int
+    name: str
+    functions: tuple[str, ...]  # "dpo.ipo_loss" is ipo_loss in dpo.py
+    points: int
+    equation: str
+    hint: str
+
+    @property
+    def modules(self) -> list[str]:
+        """The files that its functions are in, without .py."""
+        return sorted({name.split(".")[0] for name in self.functions})
+
+    @property
+    def tests(self) -> Path:
+        path, = (HERE / "tests").glob(f"test_{self.number:02}_*.py")
+        return path
+
+
+EXERCISES = [
+    Exercise(
+        1, "token log-probs", ("lm.response_logits", "lm._token_logps", "lm.logps"), 12,
+        "log pi(y|x) = sum over t of log softmax(logits before y_t)[y_t], the EOS's term included",
+        "The logits at column c predict the token at column c + 1. Take everything from lay_out: the mask comes from "
+        "lengths, for the EOS is a token like any other, and position ids must reach the model, or padding on the left "
+        "moves the prompt. Dropout must be off (eval_mode)."),
+    Exercise(
+        2, "DPO loss", ("dpo.dpo_loss", "coverage.dpo"), 4,
+        "-log sigmoid(beta (h(y+) - h(y-))), h = log pi / pi_ref; one number a pair",
+        "beta multiplies the margin inside the sigmoid. For a very negative z, sigmoid(z) rounds to 0 and its log is "
+        "-inf; torch has a function for log sigmoid(z)."),
+    Exercise(
+        3, "IPO loss", ("dpo.ipo_loss", "coverage.ipo"), 4,
+        "(h(y+) - h(y-) - 1/(2 beta))^2, h = log pi / pi_ref; one number a pair",
+        "The target of the margin is 1/(2 beta): 5 nats for beta = 0.1. The margin itself is not multiplied by beta."),
+    Exercise(
+        4, "Bradley-Terry reward loss", ("rlhf.reward_loss",), 4,
+        "-log sigmoid(r(x, y+) - r(x, y-)); one number a pair",
+        "It is the negative log-likelihood of the label. Only the difference of the two scores may count."),
+    Exercise(
+        5, "GAE", ("rlhf.gae", "rlhf.whiten"), 10,
+        "A_t = delta_t + gae_lambda A_(t+1), delta_t = r_t + V(s_(t+1)) - V(s_t); whitened: mean 0, mean square 1",
+        "Go from the last column to the first, and let nothing out of the padding: behind a row's last token V and A "
+        "are 0, whatever stands in the tensors there. Mean and deviation are those of the real tokens."),
+    Exercise(
+        6, "PPO's clipped surrogate", ("rlhf.ppo_loss",), 8,
+        "-min(ratio A, clip(ratio, 1 - c, 1 + c) A), ratio = pi / pi_old; one number a token",
+        "The minimum is over the two products, not over the ratios: for A < 0 the smaller ratio gives the larger "
+        "product. Draw the objective over the ratio, once for A = 1 and once for A = -1."),
+    Exercise(
+        7, "RLOO", ("rlhf.rloo_advantages",), 5,
+        "A_i = r_i - (1/(k - 1)) sum over j != i of r_j, for the k samples of one prompt",
+        "The baseline must not know the sample it is for: leave it out of the sum, divide by k - 1, row by row."),
+    Exercise(
+        8, "reverse KL", ("lm.reverse_kl",), 8,
+        "sum over the response's tokens t of sum over v of pi(v|x, y_<t) (log pi(v|x, y_<t) - log pi_ref(v|x, y_<t))",
+        "response_logits gives the next-token logits of both models over the same prefixes. The expectation is under "
+        "the policy, over the whole vocabulary, not at the sampled token alone; padding counts 0; tokens add up."),
+    Exercise(
+        9, "HyPO's KL term", ("hypo.kl_loss",), 9,
+        "mean over i of sg(h_i - b_i) log pi(y_i|x), h = log pi / pi_ref, b_i = mean of the others' h (0 if k = 1)",
+        "sg is .detach(): the weight is a number, the log-prob is what moves. If the weight moves too, or instead, the "
+        "expected gradient is not that of the KL. The baseline leaves the sample itself out."),
+    Exercise(
+        10, "one HyPO step", ("hypo.train",), 12,
+        "descend on l_dpo + lam l_kl: l_dpo on offline pairs, l_kl on k fresh samples of the policy for each prompt",
+        "Follow the numbered lines at the top of hypo.py; dpo.train is the same loop without lines 4 and 5. One row of "
+        "kl_loss holds the k samples of one prompt, and every step draws from a generator of its own."),
+    Exercise(
+        11, "tilted policy and its value", ("coverage.kl", "coverage.V", "coverage.J", "coverage.log_partition",
+                                            "coverage.tilt"), 7,
+        "pi* = pi_ref exp(r/beta) / Z, Z = E_pi_ref exp(r/beta); J(pi) = V(pi) - beta KL(pi || pi_ref); "
+        "J(pi*) = beta E log Z",
+        "Policies are tables of log-probabilities: stay in logs, with logsumexp and log_softmax over the responses, "
+        "and nothing overflows. `mean` takes care of responses and prompts of probability 0."),
+    Exercise(
+        12, "local coverage", ("coverage.global_coverage", "coverage.local_coverage"), 7,
+        "max over x, y of a / mu(y|x), a the largest root of a log(a/p) + (1-a) log((1-a)/(1-p)) = eps_kl / rho(x), "
+        "p = pi_ref(y|x)",
+        "The docstring is the method: one bisection for all (x, y) at once, over log(a/p), between 0 and log(1/p). A "
+        "prompt of weight rho(x) may spend eps_kl / rho(x); what never comes (rho = 0, pi_ref = 0) does not count."),
+    Exercise(
+        13, "Proposition 4.1's counter-example", ("coverage.with_unseen_mass", "coverage.nearest_to_ref"), 5,
+        "seen: (1 - m) pi / pi(seen), unseen: m / how many; of these, the least KL: q exp(-K) seen, pi_ref unseen, "
+        "normalised, q = pi / pi(seen), K = E_q log(q / pi_ref)",
+        "Seen means mu > 0, prompt by prompt. Condition pi on the seen responses first (fill the others with -inf, "
+        "log_softmax), then give out the mass."),
+    Exercise(
+        14, "win rate with interval", ("eval.win_rate", "eval.wilson_interval"), 5,
+        "(wins + ties/2) / n; centre (w + z^2/2) / (n + z^2), half-width z sqrt(w (n - w)/n + z^2/4) / (n + z^2)",
+        "A tie is half a win and stays in n. The interval is made of the number of wins, not of the rate."),
+]

@@ -1,0 +1,289 @@
+"""Proves the grader: plants one mistake at a time into the solution and sees whether the right exercise fails.
+
+    python assignment/mutants.py [--jobs N]
+
+Every mistake is a small edit of a function that students write, of the kind they make. For each one the tests of
+all exercises run. The exercise that the function belongs to must fail, and no other. An edit whose old text is
+no longer in the source, exactly once, is an error too. Exits with 1 if anything is not as it must be.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from exercises import EXERCISES, PROJECT
+from grade import CORES, make_sandbox, run_all, verdict
+
+# (exercise, file, what the file says exactly once, {mistake: what it says instead})
+PLANTED = [
+    (1, "lm", "ids[:, :-1], attention_mask=attention_mask[:, :-1], position_ids=positions[:, :-1],", {
+        "position ids count the padding": "ids[:, :-1], attention_mask=attention_mask[:, :-1],",
+        "the padding is attended to": "ids[:, :-1], position_ids=positions[:, :-1],",
+        "shifted by one: a token predicts itself": "ids, attention_mask=attention_mask, position_ids=positions,"}),
+    (1, "lm", "with eval_mode(model):  # the last token predicts nothing", {
+        "dropout is left on": "with contextlib.nullcontext():",
+        "the model is left in eval mode": "model.eval()\n    with contextlib.nullcontext():"}),
+    (1, "lm", "return logits.to(torch.promote_types(logits.dtype, torch.float32)), ids[:, -T:], mask", {
+        "log-softmax in bfloat16": "return logits, ids[:, -T:], mask",
+        "no gradient": "return logits.detach(), ids[:, -T:], mask"}),
+    (1, "lm", "return torch.where(mask, chosen_logits - logits.logsumexp(-1), 0.0), mask", {
+        "the EOS is dropped: a mask from token ids":
+            "mask = mask & (ids != 0)\n    return torch.where(mask, chosen_logits - logits.logsumexp(-1), 0.0), mask",
+        "logits instead of log-probs": "return torch.where(mask, chosen_logits, 0.0), mask",
+        "padding has log-probs": "return chosen_logits - logits.logsumexp(-1), mask"}),
+    (1, "lm", "return token_logps(model, prompts, responses)[0].sum(1)", {
+        "mean over tokens instead of sum": "return token_logps(model, prompts, responses)[0].mean(1)"}),
+
+    (2, "dpo", "-F.logsigmoid(beta * (chosen_logratio - rejected_logratio))", {
+        "chosen and rejected swapped": "-F.logsigmoid(beta * (rejected_logratio - chosen_logratio))",
+        "a loss that is to be maximised": "F.logsigmoid(beta * (chosen_logratio - rejected_logratio))",
+        "beta outside the sigmoid": "-beta * F.logsigmoid(chosen_logratio - rejected_logratio)",
+        "log of a sigmoid that underflows": "-torch.sigmoid(beta * (chosen_logratio - rejected_logratio)).log()",
+        "mean over the pairs": "-F.logsigmoid(beta * (chosen_logratio - rejected_logratio)).mean()",
+        "two responses judged apart":
+            "-F.logsigmoid(beta * chosen_logratio) - F.logsigmoid(-beta * rejected_logratio)"}),
+    (2, "coverage", "-torch.nn.functional.logsigmoid(beta * h)", {
+        "no beta in the theory's copy": "-torch.nn.functional.logsigmoid(h)"}),
+
+    (3, "dpo", "(chosen_logratio - rejected_logratio - 1 / (2 * beta)) ** 2", {
+        "target beta/2, as on some slides": "(chosen_logratio - rejected_logratio - beta / 2) ** 2",
+        "target 1/beta": "(chosen_logratio - rejected_logratio - 1 / beta) ** 2",
+        "chosen and rejected swapped": "(rejected_logratio - chosen_logratio - 1 / (2 * beta)) ** 2",
+        "beta on the margin": "(beta * (chosen_logratio - rejected_logratio) - 1 / 2) ** 2",
+        "absolute error": "(chosen_logratio - rejected_logratio - 1 / (2 * beta)).abs()",
+        "a margin beyond the target is free":
+            "(chosen_logratio - rejected_logratio - 1 / (2 * beta)).clamp(max=0) ** 2"}),
+    (3, "coverage", "(h - 1 / (2 * beta)).square()", {
+        "target beta/2 in the theory's copy": "(h - beta / 2).square()"}),
+
+    (4, "rlhf", "-F.logsigmoid(chosen_scores - rejected_scores)", {
+        "chosen and rejected swapped": "-F.logsigmoid(rejected_scores - chosen_scores)",
+        "a loss that is to be maximised": "F.logsigmoid(chosen_scores - rejected_scores)",
+        "log of a sigmoid that underflows": "-torch.sigmoid(chosen_scores - rejected_scores).log()",
+        "two responses judged apart": "-F.logsigmoid(chosen_scores) - F.logsigmoid(-rejected_scores)",
+        "mean over the pairs": "-F.logsigmoid(chosen_scores - rejected_scores).mean()",
+        "probability instead of its log": "-torch.sigmoid(chosen_scores - rejected_scores)"}),
+
+    (5, "rlhf", "next_advantage = (delta + gae_lambda * next_advantage) * mask[:, t]", {
+        "lambda forgotten": "next_advantage = (delta + next_advantage) * mask[:, t]",
+        "advantages leak out of padding": "next_advantage = delta + gae_lambda * next_advantage"}),
+    (5, "rlhf", "next_value = values[:, t] * mask[:, t]", {
+        "the value of padding is believed": "next_value = values[:, t]"}),
+    (5, "rlhf", "delta = rewards[:, t] + next_value - values[:, t]", {
+        "the next state's value is forgotten": "delta = rewards[:, t] - values[:, t]"}),
+    (5, "rlhf", "for t in reversed(range(rewards.shape[1])):", {
+        "forwards in time": "for t in range(rewards.shape[1]):"}),
+    (5, "rlhf", "entries = x[mask]", {
+        "whitening over padding": "entries = x"}),
+    (5, "rlhf", "deviation = entries.std(unbiased=False).clamp(min=1e-8)", {
+        "the unbiased deviation": "deviation = entries.std().clamp(min=1e-8)",
+        "a constant becomes NaN": "deviation = entries.std(unbiased=False)"}),
+    (5, "rlhf", "return torch.where(mask, (x - entries.mean()) / deviation, 0.0)", {
+        "padding is not 0 after whitening": "return (x - entries.mean()) / deviation",
+        "a mean for each row": "mean = (x * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)\n"
+                               "    return torch.where(mask, (x - mean) / deviation, 0.0)"}),
+
+    (6, "rlhf", "ratio = torch.exp(logps - old_logps)\n    return", {
+        "the ratio upside down": "ratio = torch.exp(old_logps - logps)\n    return",
+        "a difference of log-probs for a ratio": "ratio = 1 + logps - old_logps\n    return"}),
+    (6, "rlhf", "-torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)", {
+        "the larger of the two products":
+            "-torch.max(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)",
+        "a loss that is to be maximised": "torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)",
+        "clipped above only": "-torch.min(ratio * advantages, ratio.clamp(max=1 + clip) * advantages)",
+        "clipped on the wrong side":
+            "-torch.where(advantages > 0, ratio.clamp(min=1 - clip), ratio.clamp(max=1 + clip)) * advantages",
+        "clipped without the minimum": "-ratio.clamp(1 - clip, 1 + clip) * advantages",
+        "a clip of 0.2 whatever is asked": "-torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)"}),
+
+    (7, "rlhf", "return rewards - (rewards.sum(1, keepdim=True) - rewards) / (k - 1)", {
+        "the baseline includes the sample": "return rewards - rewards.mean(1, keepdim=True)",
+        "divided by k": "return rewards - (rewards.sum(1, keepdim=True) - rewards) / k",
+        "one baseline for the whole batch": "return rewards - (rewards.sum() - rewards) / (rewards.numel() - 1)",
+        "sums over prompts": "return rewards - (rewards.sum(0, keepdim=True) - rewards) / (k - 1)",
+        "the sign reversed": "return (rewards.sum(1, keepdim=True) - rewards) / (k - 1) - rewards"}),
+
+    (8, "lm", "kl = (log_pi.exp() * (log_pi - log_ref)).sum(-1)", {
+        "KL direction reversed": "kl = (log_ref.exp() * (log_ref - log_pi)).sum(-1)",
+        "the expectation under pi_ref": "kl = (log_ref.exp() * (log_pi - log_ref)).sum(-1)",
+        "the log-ratio of the sampled token": "ids = response_logits(policy, *batch)[1]\n"
+                                              "        kl = (log_pi - log_ref).gather(-1, ids[..., None])[..., 0]",
+        "mean over the vocabulary": "kl = (log_pi.exp() * (log_pi - log_ref)).mean(-1)"}),
+    (8, "lm", "torch.where(mask, kl, 0.0).sum(1)", {
+        "mean over tokens instead of sum": "torch.where(mask, kl, 0.0).mean(1)",
+        "padding counts": "kl.sum(1)"}),
+    (8, "lm", "for start in range(0, len(prompts), batch_size):", {
+        "the last, short batch is lost":
+            "for start in range(0, max(1, len(prompts) - batch_size + 1), batch_size):"}),
+    (8, "lm", "log_ref = response_logits(ref, *batch)", {
+        "the policy against itself": "log_ref = response_logits(policy, *batch)"}),
+
+    (9, "hypo", "return (weights * logps).mean(1)", {
+        "zero gradient: the sampled log-ratio is differentiated": "return logratios.mean(1)",
+        "k3, whose gradient is the forward KL's": "return (torch.exp(-logratios) - 1 + logratios).mean(1)",
+        "the log-prob is detached instead": "return (logratios * logps.detach()).mean(1)",
+        "sum over samples instead of mean": "return (weights * logps).sum(1)"}),
+    (9, "hypo", "weights = logratios.detach()", {
+        "the weight is not detached": "weights = logratios",
+        "the KL is maximised": "weights = -logratios.detach()"}),
+    (9, "hypo", "weights = weights - (weights.sum(1, keepdim=True) - weights) / (k - 1)", {
+        "the baseline includes the sample": "weights = weights - weights.mean(1, keepdim=True)",
+        "one baseline for the whole batch": "weights = weights - (weights.sum() - weights) / (weights.numel() - 1)",
+        "no baseline": "pass"}),
+    (9, "hypo", "    if k > 1:\n", {
+        "0/0 where there is one sample": "    if k >= 1:\n"}),
+
+    (10, "hypo", "responses = lm.sample(policy, prompts,", {
+        "samples of pi_ref instead of the policy": "responses = lm.sample(ref, prompts,"}),
+    (10, "hypo", 'run.generator(args, "online", t)', {
+        "the same random numbers in every step": 'run.generator(args, "online")'}),
+    (10, "hypo", '[pair["prompt"] for pair in batch for _ in range(args.k)]', {
+        "one row of kl_loss mixes prompts": '[pair["prompt"] for pair in batch] * args.k'}),
+    (10, "hypo", "            logps = lm.logps(policy, prompts, responses)", {
+        "offline responses instead of samples":
+            '            responses = [pair["chosen"] for pair in batch for _ in range(args.k)]\n'
+            "            logps = lm.logps(policy, prompts, responses)",
+        "the KL term has no gradient": "            logps = lm.logps(policy, prompts, responses).detach()"}),
+    (10, "hypo", "logratios = logps - lm.logps(ref, prompts, responses)", {
+        "the log-ratio upside down": "logratios = lm.logps(ref, prompts, responses) - logps"}),
+    (10, "hypo", "loss_kl = kl_loss(logps.view(-1, args.k), logratios.view(-1, args.k)).mean()", {
+        "samples and prompts transposed":
+            "loss_kl = kl_loss(logps.view(args.k, -1), logratios.view(args.k, -1)).mean()",
+        "the KL term summed over prompts":
+            "loss_kl = kl_loss(logps.view(-1, args.k), logratios.view(-1, args.k)).sum()",
+        "a local score: each token weighed by its own log-ratio":
+            "each, of_ref = (lm.token_logps(model, prompts, responses)[0] for model in (policy, ref))\n"
+            "            loss_kl = ((each - of_ref).detach() * each).sum(1).mean()"}),
+    (10, "hypo", "loss = loss_dpo + args.lam * loss_kl", {
+        "lam forgotten": "loss = loss_dpo + loss_kl",
+        "the KL is rewarded": "loss = loss_dpo - args.lam * loss_kl"}),
+    (10, "hypo", "dpo_loss(chosen_logratio, rejected_logratio, args.beta)", {
+        "chosen and rejected swapped": "dpo_loss(rejected_logratio, chosen_logratio, args.beta)"}),
+    (10, "hypo", "chosen_logratio = chosen_logps - ref_chosen_logps", {
+        "log-probs without the reference": "chosen_logratio = chosen_logps"}),
+    (10, "hypo", "if args.lam > 0:", {
+        "samples although lam is 0": "if args.lam >= 0:"}),
+
+    (11, "coverage", "return mean(rho, pi, pi - other)", {
+        "KL direction reversed": "return mean(rho, other, other - pi)",
+        "KL with prompts weighed alike": "return inner(pi, pi - other).mean()"}),
+    (11, "coverage", "return V(b, pi) - b.beta * kl(b.rho, pi, b.ref)", {
+        "the KL is rewarded": "return V(b, pi) + b.beta * kl(b.rho, pi, b.ref)",
+        "no beta before the KL": "return V(b, pi) - kl(b.rho, pi, b.ref)"}),
+    (11, "coverage", "return mean(b.rho, pi, b.reward)", {
+        "the value of pi_ref": "return mean(b.rho, b.ref, b.reward)"}),
+    (11, "coverage", "return (ref + reward / beta).log_softmax(-1)", {
+        "a tilt by reward times beta": "return (ref + reward * beta).log_softmax(-1)",
+        "a tilt that forgets pi_ref": "return (reward / beta).log_softmax(-1)",
+        "normalised over prompts": "return (ref + reward / beta).log_softmax(0)"}),
+    (11, "coverage", "return (ref + reward / beta).logsumexp(-1)", {
+        "Z without pi_ref": "return (reward / beta).logsumexp(-1)",
+        "exp overflows": "return (ref.exp() * (reward / beta).exp()).sum(-1).log()"}),
+
+    (12, "coverage", "radius = (eps_kl / rho)[:, None]", {
+        "the radius is not divided by rho(x)": "radius = torch.full_like(rho, eps_kl)[:, None]"}),
+    (12, "coverage", "covered = (ref > -INF) & (rho > 0)[:, None]", {
+        "prompts that never come count": "covered = ref > -INF"}),
+    (12, "coverage", "cost = a * middle + torch.special.xlog1py(1 - a, -a) - torch.special.xlog1py(1 - a, -p)", {
+        "the other responses' part of the KL is forgotten": "cost = a * middle",
+        "KL direction reversed": "cost = -p * middle + (1 - p) * ((1 - p) / (1 - a)).log()"}),
+    (12, "coverage", "return (ref + high - (ref if mu is None else mu))[covered].exp().max()", {
+        "the ratio to pi_ref, not to mu": "return high[covered].exp().max()"}),
+    (12, "coverage", "return global_coverage(rho, ref if mu is None else mu)", {
+        "an infinite radius forgets mu": "return global_coverage(rho, ref)"}),
+    (12, "coverage", "return (-mu[rho > 0]).exp().max()", {
+        "global coverage of prompts that never come": "return (-mu).exp().max()",
+        "the commonest response": "return (-mu[rho > 0]).exp().min()"}),
+
+    (13, "coverage", "torch.log1p(-mass) + pi.masked_fill(~seen, -INF).log_softmax(-1)", {
+        "seen responses keep all their mass": "pi.masked_fill(~seen, -INF).log_softmax(-1)",
+        "pi is not conditioned on the seen": "torch.log1p(-mass) + pi",
+        "the seen responses become alike":
+            "torch.log1p(-mass) + torch.zeros_like(pi).masked_fill(~seen, -INF).log_softmax(-1)"}),
+    (13, "coverage", "(mass / (~seen).sum(-1, keepdim=True)).log()", {
+        "every unseen response gets m": "mass.log().expand_as(pi)",
+        "unseen responses of all prompts share m": "(mass / (~seen).sum()).log()"}),
+    (13, "coverage", "return torch.where(seen, q - inner(q, q - b.ref)[:, None], b.ref).log_softmax(-1)", {
+        "the sign of K": "return torch.where(seen, q + inner(q, q - b.ref)[:, None], b.ref).log_softmax(-1)",
+        "K forgotten": "return torch.where(seen, q, b.ref).log_softmax(-1)",
+        "unseen responses alike":
+            "return torch.where(seen, q - inner(q, q - b.ref)[:, None], torch.zeros_like(q)).log_softmax(-1)"}),
+
+    (14, "eval", "wins = sum(0.5 * (a == b) + (a > b) for", {
+        "a tie is lost": "wins = sum((a > b) for",
+        "a tie is won": "wins = sum((a >= b) for",
+        "ties are left out of n": "n = sum(a != b for a, b in zip(rewards, opponent_rewards)) or 1\n"
+                                  "    wins = sum((a > b) for",
+        "losses are counted": "wins = sum(0.5 * (a == b) + (a < b) for"}),
+    (14, "eval", "return wins / n, wilson_interval(wins, n)", {
+        "the interval of the rate, not of the wins": "return wins / n, wilson_interval(wins / n, n)"}),
+    (14, "eval", "half = z / (n + z * z) * math.sqrt(wins * (n - wins) / n + z * z / 4)", {
+        "the plain interval rate +- z sd": "half = z * math.sqrt(wins * (n - wins) / n) / n",
+        "z^2/4 forgotten": "half = z / (n + z * z) * math.sqrt(wins * (n - wins) / n)",
+        "z is 1.96 whatever is asked": "half = 1.96 / (n + 1.96**2) * math.sqrt(wins * (n - wins) / n + 1.96**2 / 4)"}),
+    (14, "eval", "center = (wins + z * z / 2) / (n + z * z)", {
+        "the centre is not drawn to 1/2": "center = wins / n"}),
+]
+
+
+class Mutant(NamedTuple):
+    exercise: int
+    module: str
+    old: str
+    mistake: str
+    new: str
+
+
+MUTANTS = [Mutant(exercise, module, old, mistake, new)
+           for exercise, module, old, mistakes in PLANTED for mistake, new in mistakes.items()]
+
+
+def plant(mutant: Mutant, directory: Path) -> Path:
+    """The project's modules with the mistake in them; ValueError if its old text is not there exactly once."""
+    sandbox = make_sandbox(PROJECT, directory)
+    path = sandbox / f"{mutant.module}.py"
+    source = path.read_bytes().decode()
+    if source.count(mutant.old) != 1:
+        raise ValueError(f"exercise {mutant.exercise}, {mutant.mistake}: {mutant.module}.py has its old text "
+                         f"{source.count(mutant.old)} times and must have it once; mend mutants.py")
+    path.write_bytes(source.replace(mutant.old, mutant.new).encode())
+    return sandbox
+
+
+def run_mutants(mutants: list[Mutant], jobs: int, limit: float = 120.0) -> list[list[dict]]:
+    """For each mutant the verdicts on all exercises, whose tests share a process."""
+    with tempfile.TemporaryDirectory() as temporary:
+        sandboxes = [plant(mutant, Path(temporary) / str(i)) for i, mutant in enumerate(mutants)]
+        outcomes = run_all([(sandbox, EXERCISES) for sandbox in sandboxes], limit, jobs)
+    return [[verdict(exercise, outcome) for exercise in EXERCISES] for outcome in outcomes]
+
+
+def caught(mutant: Mutant, verdicts: list[dict]) -> bool:
+    """Did the tests of its exercise fail, one by one and not by a crash, and those of no other?"""
+    failed = [row for row in verdicts if not row["points"]]
+    return [row["number"] for row in failed] == [mutant.exercise] and not failed[0]["problem"]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=CORES, help="at a time (default: one for each core)")
+    args = parser.parse_args(argv)
+    try:
+        results = run_mutants(MUTANTS, args.jobs)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(f"exercise  file         {'planted mistake':56}  caught by")
+    for mutant, verdicts in zip(MUTANTS, results):
+        own = verdicts[mutant.exercise - 1]
+        how = f"{len(own['failures'])} of {own['tests']} tests" if caught(mutant, verdicts) else (
+            f"WRONG: failed {[row['number'] for row in verdicts if not row['points']]}, {own['problem']}")
+        print(f"{mutant.exercise:8}  {mutant.module + '.py':11}  {mutant.mistake:56}  {how}")
+    wrong = sum(not caught(mutant, verdicts) for mutant, verdicts in zip(MUTANTS, results))
+    print(f"{len(MUTANTS)} planted mistakes, {len(MUTANTS) - wrong} caught by the right exercise and by no other")
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

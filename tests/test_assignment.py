@@ -1,0 +1,231 @@
+"""The teaching assignment: the handout is the project without answers, and the grader is neither blind nor fooled."""
+
+import ast
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "assignment"))
+
+import grade  # noqa: E402
+import handout  # noqa: E402
+import mutants  # noqa: E402
+from exercises import EXERCISES  # noqa: E402
+
+MODULES = sorted({module for exercise in EXERCISES for module in exercise.modules})
+HANDOUT = (ROOT / "assignment" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    """The handout as a student gets it."""
+    directory = tmp_path_factory.mktemp("class") / "student"
+    handout.hand_out(directory)
+    return directory
+
+
+# ---------------------------------------------------------------------------------------------------
+# the handout
+
+
+def functions_of(source: str) -> dict[str, ast.FunctionDef]:
+    return {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+
+
+def body_of(node: ast.FunctionDef) -> list[ast.stmt]:
+    """Its statements, without the docstring."""
+    return node.body[1:] if ast.get_docstring(node) else node.body
+
+
+def lines_outside(source: str, names) -> list[str]:
+    """The source's lines but for those of the bodies of these functions, and comments at a body's end."""
+    lines = source.splitlines(keepends=True)
+    for node in functions_of(source).values():
+        if node.name in names:
+            begin = node.body[0].end_lineno if ast.get_docstring(node) else node.body[0].lineno - 1
+            end = node.end_lineno
+            while lines[end:] and (lines[end] or "").startswith("    #"):
+                end += 1
+            lines[begin:end] = [None] * (end - begin)
+    return [line for line in lines if line is not None]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_handed_out_file_lacks_the_bodies_and_nothing_else(student, module):
+    ours, theirs = ((place / f"{module}.py").read_text(encoding="utf-8") for place in (ROOT, student))
+    wanted = handout.wanted_of(module)
+    mine, stubs = functions_of(ours), functions_of(theirs)
+    for name, message in wanted.items():
+        assert ast.get_docstring(mine[name]) == ast.get_docstring(stubs[name])
+        assert [ast.unparse(line) for line in body_of(stubs[name])] == [f"raise NotImplementedError({message!r})"]
+    assert lines_outside(ours, wanted) == lines_outside(theirs, wanted), "signatures, comments, everything else"
+
+
+def test_other_files_are_copied_byte_for_byte_and_no_answers_are_among_them(student):
+    files = {path.relative_to(student).as_posix() for path in student.rglob("*") if path.is_file()}
+    assert {"LICENSE", "requirements.txt", "run.py", "assignment/README.md", "assignment/grade.py"} <= files
+    for name in files - {f"{module}.py" for module in MODULES}:
+        assert (student / name).read_bytes() == (ROOT / name).read_bytes(), name
+    told = [name for name in files if re.search("result|runs|cache|mutant|teacher|handout|^tests/|^README", name)]
+    assert not told, told
+
+
+def test_no_formula_of_a_solution_stands_anywhere_in_the_handout(student):
+    """But for exercise 10, whose first half is dpo.train's on purpose."""
+    text = "\n".join(path.read_text(encoding="utf-8") for path in student.rglob("*") if path.is_file())
+    for module in MODULES:
+        functions = functions_of((ROOT / f"{module}.py").read_text(encoding="utf-8"))
+        for name in handout.wanted_of(module):
+            values = [node.value for node in ast.walk(functions[name]) if isinstance(node, (ast.Assign, ast.Return))]
+            formulas = [ast.unparse(value) for value in values if name != "train" and not (
+                isinstance(value, ast.Call) and isinstance(value.func, ast.Name))]  # a mere call is no formula
+            told = [formula for formula in formulas if len(formula) > 28 and formula in text]
+            assert not told, f"{module}.{name}: {told}"
+
+
+def test_a_directory_with_something_in_it_is_left_alone(student, tmp_path):
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        handout.hand_out(student)
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(SystemExit, match="error: .* is not empty; name a new directory"):
+        handout.main([str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_function_that_is_no_longer_there_is_named():
+    with pytest.raises(ValueError, match="has no function gone"):
+        handout.without_bodies("def here():\n    pass\n", {"gone": "Exercise 1"})
+
+
+def test_the_table_of_exercises_is_the_one_in_the_readme():
+    assert [exercise.number for exercise in EXERCISES] == list(range(1, len(EXERCISES) + 1))
+    assert sum(exercise.points for exercise in EXERCISES) == 100
+    rows = re.findall(r"^\| (\d+) \| ([^|]+?) \| ([^|]+?) \| (\d+) \|", HANDOUT, flags=re.M)
+    table = [(str(e.number), e.name, ", ".join(f"`{name}`" for name in e.functions), str(e.points)) for e in EXERCISES]
+    assert rows == table
+    for exercise in EXERCISES:
+        assert f"### {exercise.number}. " in HANDOUT and exercise.tests.name in HANDOUT
+        assert f"pytestmark = pytest.mark.exercise(n={exercise.number})" in exercise.tests.read_text(encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------
+# the grader
+
+
+def test_the_handout_as_it_is_gets_0_points_and_nothing_crashes(student, tmp_path, capsys):
+    grade.main([str(student), "--json", str(tmp_path / "report.json")])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["points"], report["of"]) == (0, 100)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"], "nothing half-written is left"
+    assert all(row["note"] == "not written yet" and row["problem"] is None for row in report["exercises"])
+    printed = capsys.readouterr().out
+    assert printed.count("not written yet") == len(EXERCISES) and printed.endswith("0 /100\n")
+
+
+def test_each_exercise_can_be_done_and_graded_alone(student, tmp_path):
+    """Everything is undone but one exercise, which gets its points."""
+    tasks = []
+    for exercise in EXERCISES:
+        sandbox = grade.make_sandbox(student, tmp_path / str(exercise.number))
+        for module in exercise.modules:
+            source = (ROOT / f"{module}.py").read_text(encoding="utf-8")
+            others = {name: text for name, text in handout.wanted_of(module).items()
+                      if f"{module}.{name}" not in exercise.functions}
+            (sandbox / f"{module}.py").write_text(handout.without_bodies(source, others), encoding="utf-8")
+        tasks.append((sandbox, [exercise]))
+    for exercise, outcome in zip(EXERCISES, grade.run_all(tasks, 60, 2)):
+        verdict = grade.verdict(exercise, outcome)
+        assert verdict["points"] == exercise.points, verdict
+
+
+CHEATS = {  # what stands in dpo.py, and what the report says of it
+    "nothing": ("", None),
+    "edited tests, conftest and settings": ("", None),
+    "an exit at import": ("import sys; sys.exit(0)", "dpo.py cannot be imported: SystemExit"),
+    "a hard exit at import": ("import os; os._exit(0)", "ended by itself with exit code 0, before the first test"),
+    "a hard exit in the function": ("import os\ndef ipo_loss(*args, **kwargs): os._exit(0)",
+                                    "exit code 0, in test_zero"),
+    "printed results": ("""
+import json, os
+for fd in range(1, 30):
+    try: os.write(fd, json.dumps(dict(test='test_03_ipo_loss.py::test_its_slope', passed=True)).encode() + b'\\n')
+    except OSError: pass""", None),
+    "a comparison that is always right": ("import check\ncheck.close = lambda *args: True", "a test that must fail"),
+    "a pytest that runs nothing": ("from _pytest.python import Function\nFunction.runtest = lambda self: None",
+                                   "a test that must fail has passed"),
+    "skipped tests": ("import pytest\ndef ipo_loss(*args, **kwargs): pytest.skip('passed')", None),
+    "an infinite loop": ("def ipo_loss(*args, **kwargs):\n    while True: pass",
+                         "the time limit of 3 s was reached"),
+    "a syntax error": ("def broken(:", r"dpo.py cannot be imported: SyntaxError: .* \(dpo.py, line \d+\)"),
+}
+
+
+@pytest.mark.parametrize("cheat", CHEATS)
+def test_no_points_without_a_solution(student, tmp_path, cheat):
+    code, problem = CHEATS[cheat]
+    copy = shutil.copytree(student, tmp_path / "copy")
+    with open(copy / "dpo.py", "a", encoding="utf-8") as file:
+        file.write("\n" + code + "\n")
+    if cheat.startswith("edited"):
+        (copy / "assignment" / "tests" / "test_03_ipo_loss.py").write_text("def test_fine(): pass\n")
+        (copy / "conftest.py").write_text("def pytest_collection_modifyitems(items): items.clear()\n")
+        (copy / "pytest.ini").write_text("[pytest]\naddopts = --collect-only\n")
+    report = grade.grade(copy, [EXERCISES[2]], limit=3.0 if "loop" in cheat else 60.0)
+    row, = report["exercises"]
+    assert report["points"] == 0
+    assert row["problem"] is None if problem is None else re.search(problem, row["problem"]), row
+    if cheat == "an infinite loop":
+        assert "0 of 5 tests pass" in grade.text_of(report)
+
+
+def test_a_failure_says_equation_input_expected_got_and_a_hint_as_in_the_readme(tmp_path):
+    mutant = next(m for m in mutants.MUTANTS if (m.exercise, m.mistake) == (7, "the baseline includes the sample"))
+    text = grade.text_of(grade.grade(mutants.plant(mutant, tmp_path / "project"), [EXERCISES[6]]))
+    shown, = re.findall(r"^```\n(Exercise 7.*?)^```", HANDOUT, flags=re.M | re.S)
+    assert text.startswith(shown) and "0 /  5   0 of 4 tests pass" in text
+    assert all(word in shown for word in ("equation", "hint", "input", "expected", "got"))
+
+
+def test_what_cannot_be_graded_is_a_sentence(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="error: .* has no coverage.py; name a directory that handout.py wrote"):
+        grade.main([str(tmp_path)])
+    with pytest.raises(SystemExit):
+        grade.main([str(tmp_path), "--only", "99"])
+    assert "the exercises are 1 to 14" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------
+# planted mistakes: the whole table is `python assignment/mutants.py`
+
+
+def test_every_planted_mistake_is_still_possible(tmp_path):
+    assert len(mutants.MUTANTS) >= 40
+    assert {mutant.exercise for mutant in mutants.MUTANTS} == {exercise.number for exercise in EXERCISES}
+    sources = {module: (ROOT / f"{module}.py").read_text(encoding="utf-8") for module in MODULES}
+    functions = {module: functions_of(source) for module, source in sources.items()}
+    for mutant in mutants.MUTANTS:
+        before, *after = sources[mutant.module].split(mutant.old)
+        assert len(after) == 1, mutant
+        first, last = before.count("\n") + 1, (before + mutant.old.rstrip()).count("\n") + 1
+        assert any(functions[mutant.module][name].lineno <= first <= last <= functions[mutant.module][name].end_lineno
+                   for module, name in (function.split(".") for function in EXERCISES[mutant.exercise - 1].functions)
+                   if module == mutant.module), f"{mutant} is not in a function of its exercise"
+    with pytest.raises(ValueError, match="has its old text 0 times"):
+        mutants.plant(mutants.MUTANTS[0]._replace(old="no such text"), tmp_path / "project")
+
+
+def test_the_solution_passes_and_planted_mistakes_are_caught_where_they_belong():
+    nothing = mutants.Mutant(1, "lm", "def logps(", "none", "def logps(")
+    sample = [mutant for mutant in mutants.MUTANTS if mutant.mistake in (
+        "position ids count the padding", "zero gradient: the sampled log-ratio is differentiated",
+        "a local score: each token weighed by its own log-ratio", "the radius is not divided by rho(x)")]
+    assert len(sample) == 4
+    solution, *others = mutants.run_mutants([nothing, *sample], jobs=2)
+    assert sum(row["points"] for row in solution) == 100
+    for mutant, verdicts in zip(sample, others):
+        assert mutants.caught(mutant, verdicts), (mutant, verdicts)
