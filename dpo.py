@@ -113,7 +113,7 @@ def train(policy, pairs_of_step, evaluate, args) -> None:
 
     pairs_of_step: from offline, online or iterative above. evaluate: function policy -> metrics.
     """
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     for step, metrics in run.loop(args, policy, optimizer, evaluate):
         batch = pairs_of_step(step)  # the only difference between offline, online and iterative training
         metrics["pairs"] = len(batch)

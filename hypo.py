@@ -44,8 +44,9 @@ def kl_loss(logps, logratios):
 
         grad KL(pi || pi_ref) = E_{y ~ pi}[ (log pi(y)/pi_ref(y) - b) grad log pi(y) ]
 
-    for every b that does not depend on y. Differentiating the sampled log-ratio itself instead would give
-    a gradient of mean zero: the weight is a number (sg, stop-gradient), the log-prob is what moves.
+    for every b that does not depend on y; here b is the mean log-ratio of the prompt's other samples, 0 for
+    k = 1, and the loss the mean over the k samples. Differentiating the sampled log-ratio itself instead would
+    give a gradient of mean zero: the weight is a number (sg, stop-gradient), the log-prob is what moves.
     """
     k = logratios.shape[1]
     weights = logratios.detach()
@@ -56,7 +57,7 @@ def kl_loss(logps, logratios):
 
 def train(policy, ref, tokenizer, pairs: list[dict], evaluate, args) -> None:
     """Algorithm 1. pairs: offline pairs of token ids as from lm.add_ref_logps; evaluate: policy -> metrics."""
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
 
     # 1: for t = 1, ..., T do
     for t, metrics in run.loop(args, policy, optimizer, evaluate):

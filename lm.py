@@ -30,14 +30,18 @@ from huggingface_hub import model_info, try_to_load_from_cache
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    DynamicCache,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
 )
 from transformers.utils import logging as transformers_logging
+
+import fast
 
 transformers_logging.disable_progress_bar()  # its bars for loading a file would break up ours
 transformers_logging.set_verbosity_error()  # a new score head is no news: we make it on purpose
@@ -57,7 +61,10 @@ def load(name: str, corpus=None, device: str = "cpu"):
     path = resolve(name, corpus, device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+        config = AutoConfig.from_pretrained(path)
+        if getattr(config, "activation_function", None) == "gelu_new":
+            config.activation_function = "gelu_pytorch_tanh"  # the same function in one kernel
+        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"--model {name}: this does not hold a causal language model that transformers can "
                          f"load ({str(error).partition(chr(10))[0]})") from None
@@ -283,6 +290,14 @@ def eval_mode(model):
         model.train(mode)
 
 
+def without_dropout(function):
+    """The function of a model and a batch, in eval_mode."""
+    def in_eval_mode(model, *batch):
+        with eval_mode(model):
+            return function(model, *batch)
+    return in_eval_mode
+
+
 def in_parts(function, model, prompts: list[list[int]], responses: list[list[int]]):
     """function(model, prompts, responses) -> (values, mask), on at most model.micro_batch rows at a time.
 
@@ -344,15 +359,16 @@ def scores(scorer, prompts: list[list[int]], responses: list[list[int]]):
     response's last token, found by length: `scores[range(B), mask.sum(1)]`. As a value function its value
     of the state before token t is `scores[:, t]`.
     """
-    return in_parts(_scores, scorer, prompts, responses)
+    form = fast.scores if fast.knows(scorer) else _scores
+    return in_parts(without_dropout(form), scorer, prompts, responses)
 
 
 def _scores(scorer, prompts, responses):
+    """The plain form of scores, for rows that fit in memory together."""
     ids, attention_mask, positions, mask = lay_out(prompts, responses, scorer.device)
-    with eval_mode(scorer):
-        hidden = scorer.base_model(ids, attention_mask=attention_mask, position_ids=positions,
-                                   use_cache=False).last_hidden_state  # (B, P + T, D)
-        return scorer.score(hidden[:, -mask.shape[1] - 1:]).squeeze(-1).float(), mask
+    hidden = scorer.base_model(ids, attention_mask=attention_mask, position_ids=positions,
+                               use_cache=False).last_hidden_state  # (B, P + T, D)
+    return scorer.score(hidden[:, -mask.shape[1] - 1:]).squeeze(-1).float(), mask
 
 
 def final_scores(scorer, prompts: list[list[int]], responses: list[list[int]]) -> torch.Tensor:
@@ -363,10 +379,12 @@ def final_scores(scorer, prompts: list[list[int]], responses: list[list[int]]) -
 
 def token_logps(model, prompts: list[list[int]], responses: list[list[int]]):
     """(token_logps, mask), both (B, T): log pi(y_t | x, y_<t) of the response's tokens, 0 at padding."""
-    return in_parts(_token_logps, model, prompts, responses)
+    form = without_dropout(fast.token_logps) if fast.knows(model) else _token_logps
+    return in_parts(form, model, prompts, responses)
 
 
 def _token_logps(model, prompts, responses):
+    """The plain form of token_logps, for rows that fit in memory together; float32 at least, as response_logits."""
     logits, ids, mask = response_logits(model, prompts, responses)
     chosen_logits = logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1)  # (B, T)
     return torch.where(mask, chosen_logits - logits.logsumexp(-1), 0.0), mask
@@ -441,8 +459,10 @@ def sample(model, prompts: list[list[int]], max_new_tokens: int, eos_id: int, ge
     samples are not samples of the policy whose log-probs we take.
     """
     rows, batches = [], range(0, len(prompts), batch_size)
-    for i in tqdm(batches, desc="sampling", unit="batch", leave=False, delay=3, disable=None):
-        rows += _sample_batch(model, prompts[i:i + batch_size], max_new_tokens, eos_id, generator, temperature)
+    sample_batch = fast.sample_batch if fast.knows(model) else _sample_batch
+    with eval_mode(model), fast.weights_cast_once(model):
+        for i in tqdm(batches, desc="sampling", unit="batch", leave=False, delay=3, disable=None):
+            rows += sample_batch(model, prompts[i:i + batch_size], max_new_tokens, eos_id, generator, temperature)
     return [row[:row.index(eos_id) + 1] if eos_id in row else row for row in rows]
 
 
@@ -452,18 +472,16 @@ def _sample_batch(model, prompts, max_new_tokens, eos_id, generator, temperature
     ids, attention_mask = pad(prompts, "left", model.device)
     positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (B, P)
     alive = torch.ones(len(prompts), dtype=torch.bool, device=model.device)
-    cache, tokens = None, []
-    with eval_mode(model):
-        while len(tokens) < max_new_tokens and alive.any():
-            output = model(ids, attention_mask=attention_mask, position_ids=positions, past_key_values=cache,
-                           use_cache=True, logits_to_keep=1)
-            cache = output.past_key_values
-            logits = output.logits[:, -1].to(torch.promote_types(output.logits.dtype, torch.float32))
-            ids = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)  # (B, 1)
-            tokens.append(ids)
-            alive &= ids.squeeze(1) != eos_id
-            attention_mask = torch.cat([attention_mask, torch.ones_like(ids)], dim=1)
-            positions = positions[:, -1:] + 1
+    cache, tokens = {fast.name_of_cache(model): DynamicCache(config=model.config)}, []
+    while len(tokens) < max_new_tokens and alive.any():
+        logits = model(ids, attention_mask=attention_mask, position_ids=positions, use_cache=True, logits_to_keep=1,
+                       **cache).logits[:, -1]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature  # (B, V)
+        ids = fast.draw(logits, fast.uniform(len(prompts), generator, logits))[:, None]  # (B, 1)
+        tokens.append(ids)
+        alive &= ids.squeeze(1) != eos_id
+        attention_mask = torch.cat([attention_mask, torch.ones_like(ids)], dim=1)
+        positions = positions[:, -1:] + 1
     return torch.cat(tokens, dim=1).tolist()
 
 
@@ -482,7 +500,7 @@ def sft(model, tokenizer, corpus: list[tuple[str, str]], steps: int, batch_size:
     rows = [(encode_prompt(tokenizer, prompt), encode_response(tokenizer, response, context_length(model)))
             for prompt, response in corpus]
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in (bar := tqdm(range(steps), desc="SFT, once", unit="step", disable=None)):
         picks = torch.randint(len(rows), (batch_size,), generator=generator).tolist()

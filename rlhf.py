@@ -79,10 +79,11 @@ def gae(rewards, values, mask, gae_lambda: float):
 
 
 def whiten(x, mask):
-    """Mean 0 and variance 1 over the masked entries, 0 elsewhere; a constant becomes 0."""
+    """Mean 0 and mean square 1 over the masked entries, 0 elsewhere; a constant becomes 0."""
     entries = x[mask]
-    deviation = entries.std(unbiased=False).clamp(min=1e-8)
-    return torch.where(mask, (x - entries.mean()) / deviation, 0.0)
+    deviation = entries.std(unbiased=False)
+    varied = deviation > 1e-6 * entries.abs().max()  # what is left of a constant is rounding
+    return torch.where(mask & varied, (x - entries.mean()) / deviation, 0.0)
 
 
 def ppo_loss(logps, old_logps, advantages, clip: float):
@@ -160,7 +161,7 @@ def predict(scorer, prompts, responses, batch_size: int = 128) -> torch.Tensor:
 
 def train_reward(scorer, pairs: list[dict], evaluate, args) -> None:
     """Stage 1: maximise the likelihood of the labels."""
-    optimizer = torch.optim.AdamW(scorer.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(scorer.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     for step, metrics in run.loop(args, scorer, optimizer, evaluate):
         batch = run.minibatch(pairs, args, step)
         prompts = [pair["prompt"] for pair in batch]
@@ -198,7 +199,7 @@ def train_ppo(policy, ref, tokenizer, prompts: list[str], judge, evaluate, args)
     trained = torch.nn.ModuleDict({"policy": policy, "value": value})  # one optimizer, one checkpoint
     trained.register_buffer("beta", torch.tensor(args.beta, device=args.device))
     optimizer = torch.optim.AdamW([{"params": policy.parameters(), "lr": args.lr},
-                                   {"params": value.parameters(), "lr": args.value_lr}], weight_decay=0.0)
+                                   {"params": value.parameters(), "lr": args.value_lr}], weight_decay=0.0, fused=True)
     for step, metrics in run.loop(args, trained, optimizer, lambda trained: evaluate(policy)):
         # 1, 2: sample responses and reward them
         asked = run.minibatch(prompts, args, step)
@@ -248,7 +249,7 @@ def adapted_beta(beta, kl, target: float):
 
 def train_rloo(policy, ref, tokenizer, prompts: list[str], judge, evaluate, args) -> None:
     """Stage 2 without a critic: REINFORCE on sequences, the baseline being the prompt's other samples."""
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     for step, metrics in run.loop(args, policy, optimizer, evaluate):
         asked = [prompt for prompt in run.minibatch(prompts, args, step) for _ in range(args.k)]
         rolled = roll_out(policy, ref, tokenizer, asked, judge, args.beta, args, step)

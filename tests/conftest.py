@@ -7,6 +7,7 @@ import torch
 from hypothesis import settings
 
 import data
+import fast
 import lm
 from models import random_gpt2
 
@@ -42,3 +43,12 @@ def model_dir(tmp_path_factory):
     model = random_gpt2(len(tokenizer), dtype=torch.float32)
     lm.save(model, tokenizer, directory)
     return directory
+
+
+@pytest.fixture(scope="module", params=["fast", "plain"])
+def both_forms(request):
+    """A module's tests run twice: with fast.py where it knows the model, and with lm.py's plain forms alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "plain":
+            patch.setattr(fast, "knows", lambda model: False)
+        yield

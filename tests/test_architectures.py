@@ -11,13 +11,13 @@ from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, process
 from tokenizers import models as token_models
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast, pipeline
 
+import fast
 import lm
-from models import ARCHITECTURES, random_model
+from models import ARCHITECTURES, TOLERANCE, random_model
 
+pytestmark = pytest.mark.usefixtures("both_forms")
 EOS = 0
 MODELS = {name: random_model(name, 11, seed=1) for name in ARCHITECTURES}
-# RMSNorm computes in float32 whatever the model's dtype is, so there float64 does not show the law to 1e-10
-TOLERANCE = {name: 1e-10 if name in ("gpt2", "gpt_neox") else 1e-5 for name in ARCHITECTURES}
 ids = st.lists(st.integers(0, 10), min_size=1, max_size=8)  # prompts may hold token 0, which is also the padding
 batches = st.lists(st.tuples(ids, st.lists(st.integers(1, 10), max_size=7).map(lambda row: [*row, EOS])),
                    min_size=2, max_size=4)
@@ -69,6 +69,7 @@ def test_padding_and_batch_mates_change_nothing(architecture, batch):
 
 @each_architecture
 def test_negative_control_without_the_attention_mask_padding_is_read(architecture, monkeypatch):
+    monkeypatch.setattr(fast, "knows", lambda model: False)  # its rows hold no padding to be read
     model = MODELS[architecture]
     forward, exact = model.forward, lm.logps(model, PROMPTS, RESPONSES)
     monkeypatch.setattr(model, "forward", lambda *args, attention_mask, **more: forward(
@@ -137,7 +138,8 @@ def test_reverse_kl_is_0_of_equal_models_and_else_the_enumerated_one(architectur
 TEXTS = ["The plot was", " dull, and slow.", " never fresh"]
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+# transformers gives a directory of a Qwen2 its own tokenizer class, whatever was saved there: ours cannot be in it
+@pytest.fixture(scope="module", params=[name for name in ARCHITECTURES if name != "qwen2"])
 def saved(request, tmp_path_factory):
     """(model, tokenizer, directory)"""
     tokenizer = lm.word_tokenizer(TEXTS)
@@ -152,7 +154,9 @@ def test_a_saved_model_loads_with_the_same_log_probs_and_in_a_pipeline(saved):
     again, tokenizer_again = lm.load(directory)
     prompts = [[i % len(tokenizer) for i in prompt] for prompt in PROMPTS]
     responses = [[i % len(tokenizer) for i in response] for response in RESPONSES]
-    assert torch.equal(lm.logps(model, prompts, responses), lm.logps(again, prompts, responses))
+    before, after = (lm.logps(each, prompts, responses) for each in (model, again))
+    # lm.load takes GPT-2's gelu in one kernel, which rounds differently
+    assert torch.allclose(after, before, rtol=1e-6 if model.config.model_type == "gpt2" else 0, atol=0)
     write = pipeline("text-generation", model=directory, device="cpu")
     prompt = lm.encode_prompt(tokenizer, "The plot was never")
     greedy, = lm.sample(again, [prompt], 6, EOS, torch.Generator().manual_seed(0), 1e-6)

@@ -735,14 +735,14 @@ def language_bandit():
 def test_the_estimate_agrees_with_enumeration(language_bandit):
     (policy, ref, tokenizer, prompts, longest, judge, beta), b, pi = language_bandit
     assert close(pi.exp().sum(-1), [1.0, 1.0], 1e-9)
-    found, logratio = sampled(policy, ref, tokenizer, prompts, 3000, longest, judge, beta)
-    assert logratio.shape == (2, 2, 3000)
+    found, logratio = sampled(policy, ref, tokenizer, prompts, 12000, longest, judge, beta)
+    assert logratio.shape == (2, 2, 12000)
     r_hat = implicit_reward(pi, b.ref, beta)
     exact = {"kl": kl(b.rho, pi, b.ref), "V_pi": V(b, pi), "J_pi": J(b, pi), "J_star": J(b, optimal_policy(b)),
              "eps": error_of(b, r_hat), "t1a": t1a_reward_error(b, r_hat)[1]}
     assert exact["kl"] > 0.3 and exact["eps"] > 0.3, "the case must have something to measure"
     for name, value in exact.items():
-        assert found[name].mean().item() == pytest.approx(value.item(), rel=0.04), name
+        assert found[name].mean().item() == pytest.approx(value.item(), rel=0.02), name
     assert found["log_C_pi"].max().item() == pytest.approx(policy_coverage(b.rho, pi, b.ref).log().item(), abs=1e-6)
     assert found["log_C_star"].max() < policy_coverage(b.rho, optimal_policy(b), b.ref).log() + 0.05
     assert gap(b, pi) <= exact["t1a"] <= t1c_coverage(b, r_hat)[2], "T1 holds for language models too"

@@ -12,7 +12,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 import dpo
 import lm
-from models import ARCHITECTURES, random_gpt2, random_model
+from models import ARCHITECTURES, TOLERANCE, random_gpt2, random_model
 
 EOS = 0
 tokens = st.lists(st.integers(1, 10), min_size=1, max_size=6)
@@ -121,8 +121,8 @@ def test_recomputed_layers_give_the_same_gradient_without_dropout(architecture):
     assert model.training, "dropout is configured, and on except in our log-probs"
     lm.fit_in_memory(model, flags(gradient_checkpointing=True))
     assert torch.allclose(gradient(model, preference_loss(model, triples)), plain, atol=1e-10)
-    lm.fit_in_memory(model, flags(gradient_checkpointing=True, micro_batch=3))
-    assert torch.allclose(gradient(model, preference_loss(model, triples)), plain, atol=1e-10)
+    lm.fit_in_memory(model, flags(gradient_checkpointing=True, micro_batch=3))  # other rows meet in a batch
+    assert torch.allclose(gradient(model, preference_loss(model, triples)), plain, atol=TOLERANCE[architecture])
 
 
 def test_dropout_stays_off_where_a_layer_asks_its_own_mode():

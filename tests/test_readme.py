@@ -30,7 +30,7 @@ ARROWS = {
     "hypo": {"dpo", "task", "eval", "lm", "run"}, "rlhf": {"task", "eval", "judges", "data", "lm", "run"},
     "dpo": {"task", "eval", "data", "lm", "run"}, "eval": {"task", "judges", "data", "lm", "run"},
     "task": {"judges", "data", "lm", "run"},
-    "judges": {"data", "lm"}, "data": set(), "lm": set(), "run": set(), "coverage": set(),
+    "judges": {"data", "lm"}, "data": set(), "lm": {"fast"}, "fast": set(), "run": set(), "coverage": set(),
 }
 
 
