@@ -136,6 +136,8 @@ def global_coverage(rho, mu):
 def local_coverage(rho, ref, eps_kl, mu=None):
     """Assumption 4.2: the largest C(pi) of the policies with E_rho KL(pi || pi_ref) <= eps_kl. Exact.
 
+    C(pi) is the largest pi(y|x) / mu(y|x), mu being pi_ref if it is not given, over what may come: rho(x) > 0 and
+    pi_ref(y|x) > 0.
     To make y likelier at the least KL, a policy moves prompt x alone and there only the probability a of y
     against the rest; that costs rho(x) kl(a || pi_ref(y|x)), a binary KL. So the largest a solves
     kl(a || p) = eps_kl / rho(x); bisection finds log(a / p), which keeps its digits when p is tiny.

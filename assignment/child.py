@@ -55,6 +55,7 @@ def import_all(modules: list[str]) -> str | None:
             importlib.import_module(name)
         except BaseException as error:  # SystemExit, too
             return f"{name}.py cannot be imported: {check.describe(error)}"
+    importlib.import_module("fast").knows = lambda model: False  # the student's forms are used, as in the handout
     return None
 
 
@@ -72,7 +73,8 @@ def settle_in(sandbox: str, kept: int) -> None:
     sys.path.insert(0, sandbox)
     sys.dont_write_bytecode = True
     torch.set_num_threads(1)
-    Path("pytest.ini").write_text("[pytest]\n", encoding="utf-8")  # neither the project's settings nor the student's
+    settings = "[pytest]\nmarkers = exercise(n): a test of exercise n\n"  # neither the project's nor the student's
+    Path("pytest.ini").write_text(settings, encoding="utf-8")
 
 
 def run(socket, nonce: str, sandbox: str, modules: list[str], files: list[str]) -> None:

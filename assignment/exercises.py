@@ -57,9 +57,10 @@ EXERCISES = [
         "are 0, whatever stands in the tensors there. Mean and deviation are those of the real tokens."),
     Exercise(
         6, "PPO's clipped surrogate", ("rlhf.ppo_loss",), 8,
-        "-min(ratio A, clip(ratio, 1 - c, 1 + c) A), ratio = pi / pi_old; one number a token",
-        "The minimum is over the two products, not over the ratios: for A < 0 the smaller ratio gives the larger "
-        "product. Draw the objective over the ratio, once for A = 1 and once for A = -1."),
+        "-min(ratio A, clip(ratio, 1 - c, 1 + c) A), ratio = pi / pi_old = exp(logp - old logp); one number a token",
+        "No mean, and no logs in place of probabilities. The minimum is over the two products, not over the ratios: "
+        "for A < 0 the smaller ratio gives the larger product. Draw the objective over the ratio, once for A = 1 and "
+        "once for A = -1."),
     Exercise(
         7, "RLOO", ("rlhf.rloo_advantages",), 5,
         "A_i = r_i - (1/(k - 1)) sum over j != i of r_j, for the k samples of one prompt",
@@ -78,7 +79,8 @@ EXERCISES = [
         10, "one HyPO step", ("hypo.train",), 12,
         "descend on l_dpo + lam l_kl: l_dpo on offline pairs, l_kl on k fresh samples of the policy for each prompt",
         "Follow the numbered lines at the top of hypo.py; dpo.train is the same loop without lines 4 and 5. One row of "
-        "kl_loss holds the k samples of one prompt, and every step draws from a generator of its own."),
+        "kl_loss holds the k samples of one prompt; the gradient flows through their log-probs under the policy, not "
+        "through the sampling; every step draws from a generator of its own, run.generator(args, \"online\", t)."),
     Exercise(
         11, "tilted policy and its value", ("coverage.kl", "coverage.V", "coverage.J", "coverage.log_partition",
                                             "coverage.tilt"), 7,

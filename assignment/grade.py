@@ -33,6 +33,7 @@ from pathlib import Path
 
 from exercises import EXERCISES, PROJECT, Exercise
 
+SHOWN = 3  # failures of an exercise that are printed
 CANARY = "child.py::test_this_must_fail"
 CORES = os.cpu_count() or 1
 START_UP = 300  # seconds a child may take to import torch before its clock starts
@@ -49,7 +50,7 @@ def make_sandbox(source: Path, sandbox: Path) -> Path:
         shutil.copyfile(path, sandbox / path.name)
     for module in sorted({module for exercise in EXERCISES for module in exercise.modules}):
         if not (source / f"{module}.py").is_file():
-            raise ValueError(f"{source} has no {module}.py; name a directory that handout.py wrote")
+            raise ValueError(f"{source} has no {module}.py; name the directory of the assignment, which holds it")
         shutil.copyfile(source / f"{module}.py", sandbox / f"{module}.py")
     return sandbox
 
@@ -175,19 +176,23 @@ def grade(directory: Path, exercises=EXERCISES, limit: float = 60.0, jobs: int =
 # the command
 
 def text_of(report: dict) -> str:
-    """The report as text: every failure first, the table last."""
+    """The report as text: the first failures of each exercise, the table last."""
     lines, table = [], []
     for row in report["exercises"]:
         note = "" if row["points"] else row["note"]
         table.append(f"{row['number']:3}  {row['name']:34}{row['points']:4} /{row['of']:3}   {note}".rstrip())
         if row["failures"] or row["problem"]:
             lines.append(f"Exercise {row['number']}: {row['name']}")
-            lines += [textwrap.fill(f"    {key:9} {row[key]}", 110, subsequent_indent=" " * 14)
-                      for key in ("equation", "hint")]
-            lines += [f"  {row['problem']}"] if row["problem"] else []
-            for failure in row["failures"]:
+            if row["problem"]:
+                lines.append(f"  {row['problem']}")
+            else:
+                lines += [textwrap.fill(f"    {key:9} {row[key]}", 110, subsequent_indent=" " * 14)
+                          for key in ("equation", "hint")]
+            for failure in row["failures"][:SHOWN]:
                 lines.append(f"  {failure['test']}")
                 lines += [f"    {key:9} {failure[key]}" for key in ("input", "expected", "got") if failure[key]]
+            if len(row["failures"]) > SHOWN:
+                lines.append(f"  and {len(row['failures']) - SHOWN} more; --json FILE has them all")
             lines.append("")
     return "\n".join([*lines, *table, f"     {'total':34}{report['points']:4} /{report['of']:3}"])
 

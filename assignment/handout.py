@@ -5,7 +5,8 @@
 The copy is made from the sources as they are, so it cannot fall behind them: the syntax tree says which lines
 are a function's body, and only those lines are replaced. What gives answers away stays out: the project's
 own tests (they state the formulas again), README.md and results/ (they answer the written questions), the
-teacher's notes and the planted mistakes. The exercises' own tests hold numbers and stubs, no solutions.
+teacher's notes, the planted mistakes, and the half of fast.py that computes what students write in lm.py. The
+exercises' own tests hold numbers and stubs, no solutions.
 """
 
 import argparse
@@ -20,13 +21,18 @@ COPIED = ["LICENSE", "pyproject.toml", "requirements.txt", "assignment/README.md
           "assignment/check.py", "assignment/grade.py", "assignment/child.py"]  # and all *.py, and the exercises' tests
 
 
-def without_bodies(source: str, wanted: dict[str, str]) -> str:
-    """The source with each wanted function's body replaced by raise NotImplementedError(its message).
+# fast.py knows no model there, so that all of them take lm.py's plain forms
+KEPT_BACK = {"fast": {"knows": "return False", "TokenLogps": "pass", **dict.fromkeys(
+    ["pack", "hidden_states", "token_logps", "scores"], 'raise NotImplementedError("kept back")')}}
 
-    Signature and docstring stay; comments that stand in the body go with it. wanted: function's name -> message.
+
+def without_bodies(source: str, wanted: dict[str, str]) -> str:
+    """The source with the body of each wanted function or class replaced by one statement.
+
+    Signature and docstring stay; comments that stand in the body go with it. wanted: name -> statement.
     """
     lines = source.splitlines(keepends=True)
-    found = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+    found = {node.name: node for node in ast.parse(source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     missing = sorted(set(wanted) - set(found))
     if missing:
         raise ValueError(f"the source has no function {', '.join(missing)}; exercises.py is out of date")
@@ -36,19 +42,19 @@ def without_bodies(source: str, wanted: dict[str, str]) -> str:
         begin = first.end_lineno if ast.get_docstring(node) else first.lineno - 1
         while end < len(lines) and lines[end].startswith(" ") and lines[end].lstrip().startswith("#"):
             end += 1
-        lines[begin:end] = [f'    raise NotImplementedError("{wanted[name]}")\n']
+        lines[begin:end] = [f"    {wanted[name]}\n"]
     return "".join(lines)
 
 
-def message(exercise: Exercise) -> str:
-    """What a function that is not written yet says when it is called."""
-    return f"Exercise {exercise.number}: {exercise.name}, see assignment/README.md"
+def undone(exercise: Exercise) -> str:
+    """The body of a function that is not written yet."""
+    return f'raise NotImplementedError("Exercise {exercise.number}: {exercise.name}, see assignment/README.md")'
 
 
 def wanted_of(module: str) -> dict[str, str]:
-    """The functions that a student writes in module.py -> what their bodies say instead."""
-    return {name.split(".")[1]: message(exercise) for exercise in EXERCISES for name in exercise.functions
-            if name.split(".")[0] == module}
+    """The functions that a student writes in module.py, and what is kept back -> what their bodies are instead."""
+    return KEPT_BACK.get(module, {}) | {name.split(".")[1]: undone(exercise) for exercise in EXERCISES
+                                        for name in exercise.functions if name.split(".")[0] == module}
 
 
 def hand_out(directory: Path) -> None:

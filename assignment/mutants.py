@@ -68,6 +68,8 @@ PLANTED = [
 
     (5, "rlhf", "next_advantage = (delta + gae_lambda * next_advantage) * mask[:, t]", {
         "lambda forgotten": "next_advantage = (delta + next_advantage) * mask[:, t]",
+        "rewards of padding are believed":
+            "next_advantage = delta + gae_lambda * next_advantage * mask[:, t + 1] if t + 1 < mask.shape[1] else delta",
         "advantages leak out of padding": "next_advantage = delta + gae_lambda * next_advantage"}),
     (5, "rlhf", "next_value = values[:, t] * mask[:, t]", {
         "the value of padding is believed": "next_value = values[:, t]"}),
@@ -77,13 +79,15 @@ PLANTED = [
         "forwards in time": "for t in range(rewards.shape[1]):"}),
     (5, "rlhf", "entries = x[mask]", {
         "whitening over padding": "entries = x"}),
-    (5, "rlhf", "deviation = entries.std(unbiased=False).clamp(min=1e-8)", {
-        "the unbiased deviation": "deviation = entries.std().clamp(min=1e-8)",
-        "a constant becomes NaN": "deviation = entries.std(unbiased=False)"}),
-    (5, "rlhf", "return torch.where(mask, (x - entries.mean()) / deviation, 0.0)", {
-        "padding is not 0 after whitening": "return (x - entries.mean()) / deviation",
+    (5, "rlhf", "deviation = entries.std(unbiased=False)", {
+        "the unbiased deviation": "deviation = entries.std()"}),
+    (5, "rlhf", "varied = deviation > 1e-6 * entries.abs().max()", {
+        "a constant becomes NaN": "varied = True",
+        "a constant becomes its rounding error": "deviation, varied = deviation.clamp(min=1e-8), True"}),
+    (5, "rlhf", "return torch.where(mask & varied, (x - entries.mean()) / deviation, 0.0)", {
+        "padding is not 0 after whitening": "return torch.where(varied, (x - entries.mean()) / deviation, 0.0)",
         "a mean for each row": "mean = (x * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)\n"
-                               "    return torch.where(mask, (x - mean) / deviation, 0.0)"}),
+                               "    return torch.where(mask & varied, (x - mean) / deviation, 0.0)"}),
 
     (6, "rlhf", "ratio = torch.exp(logps - old_logps)\n    return", {
         "the ratio upside down": "ratio = torch.exp(old_logps - logps)\n    return",
@@ -138,7 +142,8 @@ PLANTED = [
     (10, "hypo", "responses = lm.sample(policy, prompts,", {
         "samples of pi_ref instead of the policy": "responses = lm.sample(ref, prompts,"}),
     (10, "hypo", 'run.generator(args, "online", t)', {
-        "the same random numbers in every step": 'run.generator(args, "online")'}),
+        "the same random numbers in every step": 'run.generator(args, "online")',
+        "other random numbers in every run": "torch.Generator().manual_seed(torch.Generator().seed())"}),
     (10, "hypo", '[pair["prompt"] for pair in batch for _ in range(args.k)]', {
         "one row of kl_loss mixes prompts": '[pair["prompt"] for pair in batch] * args.k'}),
     (10, "hypo", "            logps = lm.logps(policy, prompts, responses)", {
@@ -163,6 +168,8 @@ PLANTED = [
         "chosen and rejected swapped": "dpo_loss(rejected_logratio, chosen_logratio, args.beta)"}),
     (10, "hypo", "chosen_logratio = chosen_logps - ref_chosen_logps", {
         "log-probs without the reference": "chosen_logratio = chosen_logps"}),
+    (10, "hypo", "torch.optim.AdamW(policy.parameters(),", {
+        "the optimizer holds pi_ref's weights": "torch.optim.AdamW(ref.parameters(),"}),
     (10, "hypo", "if args.lam > 0:", {
         "samples although lam is 0": "if args.lam >= 0:"}),
 

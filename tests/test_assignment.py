@@ -34,7 +34,8 @@ def student(tmp_path_factory):
 
 
 def functions_of(source: str) -> dict[str, ast.FunctionDef]:
-    return {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+    """And classes."""
+    return {node.name: node for node in ast.parse(source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
 
 
 def body_of(node: ast.FunctionDef) -> list[ast.stmt]:
@@ -55,21 +56,21 @@ def lines_outside(source: str, names) -> list[str]:
     return [line for line in lines if line is not None]
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", [*MODULES, *handout.KEPT_BACK])
 def test_a_handed_out_file_lacks_the_bodies_and_nothing_else(student, module):
     ours, theirs = ((place / f"{module}.py").read_text(encoding="utf-8") for place in (ROOT, student))
     wanted = handout.wanted_of(module)
     mine, stubs = functions_of(ours), functions_of(theirs)
-    for name, message in wanted.items():
+    for name, statement in wanted.items():
         assert ast.get_docstring(mine[name]) == ast.get_docstring(stubs[name])
-        assert [ast.unparse(line) for line in body_of(stubs[name])] == [f"raise NotImplementedError({message!r})"]
+        assert [ast.unparse(line) for line in body_of(stubs[name])] == [ast.unparse(ast.parse(statement))]
     assert lines_outside(ours, wanted) == lines_outside(theirs, wanted), "signatures, comments, everything else"
 
 
 def test_other_files_are_copied_byte_for_byte_and_no_answers_are_among_them(student):
     files = {path.relative_to(student).as_posix() for path in student.rglob("*") if path.is_file()}
     assert {"LICENSE", "requirements.txt", "run.py", "assignment/README.md", "assignment/grade.py"} <= files
-    for name in files - {f"{module}.py" for module in MODULES}:
+    for name in files - {f"{module}.py" for module in [*MODULES, *handout.KEPT_BACK]}:
         assert (student / name).read_bytes() == (ROOT / name).read_bytes(), name
     told = [name for name in files if re.search("result|runs|cache|mutant|teacher|handout|^tests/|^README", name)]
     assert not told, told
@@ -192,7 +193,7 @@ def test_a_failure_says_equation_input_expected_got_and_a_hint_as_in_the_readme(
 
 
 def test_what_cannot_be_graded_is_a_sentence(tmp_path, capsys):
-    with pytest.raises(SystemExit, match="error: .* has no coverage.py; name a directory that handout.py wrote"):
+    with pytest.raises(SystemExit, match="error: .* has no coverage.py; name the directory of the assignment"):
         grade.main([str(tmp_path)])
     with pytest.raises(SystemExit):
         grade.main([str(tmp_path), "--only", "99"])

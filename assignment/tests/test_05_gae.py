@@ -34,8 +34,8 @@ def test_padding_neither_receives_nor_passes_on():
     mask = torch.tensor([[True, True, False, False], [True, True, True, True]])
     # first row: delta_2 = 2 - 1 = 1, delta_1 = 1 + 1 - 0.5 = 1.5; second: delta = 1 everywhere, A = 1, 1.5, 1.75, 1.875
     expect([[2.0, 1.0, 0.0, 0.0], [1.875, 1.75, 1.5, 1.0]], rlhf.gae,
-           tensor([[1.0, 2.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]), tensor([[0.5, 1.0, 70.0, 80.0], [0.0] * 4]), mask, 0.5,
-           because="the values 70 and 80 stand in padding")
+           tensor([[1.0, 2.0, 60.0, 90.0], [1.0, 1.0, 1.0, 1.0]]), tensor([[0.5, 1.0, 70.0, 80.0], [0.0] * 4]), mask,
+           0.5, because="60 to 90 stand in padding")
 
 
 def test_whitened_entries_have_mean_0_and_mean_square_1():
@@ -51,3 +51,8 @@ def test_whitening_does_not_see_the_padding():
 
 def test_a_constant_becomes_0():
     expect([[0.0, 0.0, 0.0]], rlhf.whiten, tensor([[2.0, 2.0, 2.0]]), ALL, because="not NaN")
+
+
+def test_what_rounding_leaves_of_a_constant_is_not_blown_up():
+    expect([[0.0] * 7] * 3, rlhf.whiten, torch.full((3, 7), 0.1), torch.ones(3, 7, dtype=torch.bool),
+           because="in float32 the mean of 0.1, ..., 0.1 is not quite 0.1")

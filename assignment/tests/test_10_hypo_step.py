@@ -58,7 +58,7 @@ def kl_loss(logps, logratios):
 
 
 def train(monkeypatch, beta=0.5, lam=0.25, k=2, steps=1):
-    """What hypo.train did: its samples (model, prompts, longest, eos, seed) and updates (loss, gradient)."""
+    """What hypo.train did: its samples (model, prompts, longest, eos, seed) and updates (loss, gradient, moved)."""
     policy, ref, samples, updates, asked = Model(1.0, True), Model(0.5, False), [], [], Counter()
 
     def sample(model, prompts, max_new_tokens, eos_id, generator, *_, **__):
@@ -71,7 +71,10 @@ def train(monkeypatch, beta=0.5, lam=0.25, k=2, steps=1):
         return responses
 
     def update(model, optimizer, loss, args, *_):
-        updates.append((loss.item(), torch.autograd.grad(loss, policy.score)[0].tolist()))
+        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        updates.append((loss.item(), torch.autograd.grad(loss, policy.score)[0].tolist(),
+                        [name for name, model in (("policy", policy), ("ref", ref)) if any(
+                            parameter is model.score for parameter in held)]))
         asked.clear()  # the next step's samples are numbered from 1 again
         return torch.tensor(1.0)
 
@@ -125,6 +128,19 @@ def test_samples_end_at_eos_or_at_the_limit(monkeypatch):
     def limit_and_eos(k):
         return train(monkeypatch, k=k)[0][0][2:4]
     expect([5, EOS], limit_and_eos, 2)
+
+
+def test_the_optimizer_moves_the_policy_alone(monkeypatch):
+    def whose_weights_the_optimizer_holds(steps):
+        return train(monkeypatch, steps=steps)[1][0][2]
+    expect(["policy"], whose_weights_the_optimizer_holds, 1)
+
+
+def test_the_same_run_again_draws_the_same_samples(monkeypatch):
+    def seeds_are_the_same_in_two_runs(steps):
+        first, second = ([seed for *_, seed in train(monkeypatch, steps=steps)[0]] for _ in range(2))
+        return first == second
+    expect(True, seeds_are_the_same_in_two_runs, 3, because='run.generator(args, "online", t) depends on --seed and t')
 
 
 def test_every_step_draws_fresh_samples_and_takes_one_update(monkeypatch):
