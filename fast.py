@@ -181,13 +181,13 @@ def uniform(rows: int, generator, like: torch.Tensor) -> torch.Tensor:
     return 1 - torch.rand(rows, 1, generator=generator, dtype=like.dtype, device=like.device)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def sample_batch(model, prompts, max_new_tokens: int, eos_id: int, generator, temperature: float) -> list[list[int]]:
     """As lm._sample_batch, with the same random numbers; a prompt is read once, and ended responses are left behind."""
     distinct = {prompt: n for n, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     P, device = max(map(len, distinct)), model.device
     ids = torch.tensor([[0] * (P - len(prompt)) + list(prompt) for prompt in distinct], device=device)
-    mask = torch.tensor([[0] * (P - len(prompt)) + [1] * (len(prompt) + max_new_tokens) for prompt in distinct],
+    mask = torch.tensor([[False] * (P - len(prompt)) + [True] * (len(prompt) + max_new_tokens) for prompt in distinct],
                         device=device)  # (distinct, P + max_new_tokens)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     step, select = (gpt2_decoder if model.config.model_type == "gpt2" else decoder)(model, *mask.shape)
@@ -198,9 +198,7 @@ def sample_batch(model, prompts, max_new_tokens: int, eos_id: int, generator, te
     alive, tokens = torch.ones_like(rows, dtype=torch.bool), rows.new_full((len(prompts), max_new_tokens), eos_id)
     select(keep)
     hidden, mask, positions = hidden[keep], mask[keep], positions[keep]
-    head = model.get_output_embeddings().weight
-    if torch.is_autocast_enabled(device.type):
-        head = head.to(torch.get_autocast_dtype(device.type))
+    head = model.get_output_embeddings().weight.to(computed_in(model))
     for t in range(max_new_tokens):
         logits = (head @ hidden.T).T  # (n, V); for few rows faster than hidden @ head.T
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
@@ -231,30 +229,38 @@ def decoder(model, rows: int, width: int):
 
 def gpt2_decoder(model, rows: int, width: int):
     """The same for GPT-2, its layers written out and keys and values in one tensor: half the time of a small model."""
-    net, config = model.transformer, model.config
-    size = config.n_layer, 2, rows, config.n_head, width, config.n_embd // config.n_head
-    cache = torch.empty(size, dtype=model.dtype, device=model.device)
+    net, D, heads = model.transformer, model.config.n_embd, model.config.n_head
+    cache = torch.empty(len(net.h), rows, width, 2, heads, D // heads, dtype=computed_in(model), device=model.device)
+
+    def linear(conv, x):
+        return torch.addmm(conv.bias, x, conv.weight)
 
     def step(ids, mask, positions):
         n, s, end = *ids.shape, mask.shape[1]
-        visible = mask[:, None, None, :].bool()  # (n, 1, 1, end)
+        visible = mask[:, None, None]  # (n, 1, 1, end)
         if s > 1:
-            visible = visible & torch.ones(s, s, dtype=torch.bool, device=ids.device).tril()
-            visible = visible | torch.eye(s, dtype=torch.bool, device=ids.device)  # padding sees itself, or nothing
-        x = net.wte(ids) + net.wpe(positions)  # (n, s, D)
-        for layer, (keys, values) in zip(net.h, cache):
-            query, key, value = layer.attn.c_attn(layer.ln_1(x)).view(n, s, 3, config.n_head, -1).permute(2, 0, 3, 1, 4)
-            keys[:, :, end - s:end], values[:, :, end - s:end] = key, value
-            seen = F.scaled_dot_product_attention(query, keys[:, :, :end], values[:, :, :end], visible,
-                                                  scale=layer.attn.scaling)  # (n, heads, s, D / heads)
-            x = x + layer.attn.c_proj(seen.transpose(1, 2).reshape(n, s, -1))
-            x = x + layer.mlp.c_proj(layer.mlp.act(layer.mlp.c_fc(layer.ln_2(x))))
-        return net.ln_f(x[:, -1])
+            past, itself = (torch.ones(s, s, dtype=torch.bool, device=ids.device).tril(i) for i in (0, -1))
+            visible = visible & past | past & ~itself  # padding sees itself, for it must see something
+        x = (net.wte(ids) + net.wpe(positions)).view(n * s, D)
+        for layer, kept in zip(net.h, cache):  # kept: (n, width, 2, heads, D / heads)
+            made = linear(layer.attn.c_attn, layer.ln_1(x)).view(n, s, 3, heads, -1)
+            kept[:, end - s:end] = made[:, :, 1:]
+            query, key, value = (t.transpose(1, 2) for t in (made[:, :, 0], kept[:, :end, 0], kept[:, :end, 1]))
+            seen = F.scaled_dot_product_attention(query, key, value, visible, scale=layer.attn.scaling)
+            x = x + linear(layer.attn.c_proj, seen.transpose(1, 2).reshape(n * s, D))
+            x = x + linear(layer.mlp.c_proj, layer.mlp.act(linear(layer.mlp.c_fc, layer.ln_2(x))))
+        return net.ln_f(x.view(n, s, D)[:, -1])
 
     def select(rows):
         nonlocal cache
-        cache = cache[:, :, rows]
+        cache = cache[:, rows]
     return step, select
+
+
+def computed_in(model) -> torch.dtype:
+    """What matrix products give: autocast's dtype where it is on, else the weights'."""
+    kind = model.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
 
 
 def name_of_cache(network) -> str:
@@ -265,12 +271,10 @@ def name_of_cache(network) -> str:
 @contextlib.contextmanager
 def weights_cast_once(model):
     """For a loop that leaves the weights as they are: under autocast, cast them before it and not in every product."""
-    kind = model.device.type
     layers = [m for m in model.base_model.modules() if isinstance(m, (torch.nn.Linear, Conv1D))]
     kept = [layer.weight.data for layer in layers]
-    if torch.is_autocast_enabled(kind):
-        for layer in layers:
-            layer.weight.data = layer.weight.data.to(torch.get_autocast_dtype(kind))
+    for layer in layers:
+        layer.weight.data = layer.weight.data.to(computed_in(model))
     try:
         yield
     finally:
