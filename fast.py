@@ -102,7 +102,8 @@ def pack(prompts, responses, width: int, device, last: bool) -> Packed:
 
 def hidden_states(model, prompts, responses, last: bool) -> torch.Tensor:
     """(N, D) last hidden states that predict the responses' tokens, see pack."""
-    packed = pack(prompts, responses, model.config.hidden_size, model.device, last)
+    # in a row of W tokens attention costs W / 6D of the matrix products; a wider one would hardly save more padding
+    packed = pack(prompts, responses, min(model.config.hidden_size, 1024), model.device, last)
     hidden = model.base_model(packed.ids, attention_mask=packed.mask, position_ids=packed.positions,
                               use_cache=False).last_hidden_state  # (R, W, D)
     return hidden.flatten(0, 1)[packed.where]
@@ -205,10 +206,10 @@ def sample_batch(model, prompts, max_new_tokens: int, eos_id: int, generator, te
         drawn = draw(logits, uniform(len(prompts), generator, logits)[rows])  # (n,)
         tokens[rows, t] = drawn
         alive &= drawn != eos_id
-        left = alive.sum()
+        left = int(alive.sum())
         if t + 1 == max_new_tokens or not left:
             return tokens.tolist()
-        if left < 0.8 * len(rows):  # fewer leave too little behind to pay for moving the keys and values
+        if left < 0.8 * len(rows):  # or too few have ended to pay for moving the others' keys and values
             keep = alive.nonzero().squeeze(1)
             select(keep)
             rows, alive, drawn, mask, positions = (x[keep] for x in (rows, alive, drawn, mask, positions))
@@ -239,8 +240,9 @@ def gpt2_decoder(model, rows: int, width: int):
         n, s, end = *ids.shape, mask.shape[1]
         visible = mask[:, None, None]  # (n, 1, 1, end)
         if s > 1:
-            past, itself = (torch.ones(s, s, dtype=torch.bool, device=ids.device).tril(i) for i in (0, -1))
-            visible = visible & past | past & ~itself  # padding sees itself, for it must see something
+            itself = torch.eye(s, dtype=torch.bool, device=ids.device)
+            past = torch.ones_like(itself).tril()
+            visible = visible & past | itself  # padding must see something
         x = (net.wte(ids) + net.wpe(positions)).view(n * s, D)
         for layer, kept in zip(net.h, cache):  # kept: (n, width, 2, heads, D / heads)
             made = linear(layer.attn.c_attn, layer.ln_1(x)).view(n, s, 3, heads, -1)

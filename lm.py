@@ -12,6 +12,8 @@ A batch lays every response out from the same column,
 
 so that the model computes its vocabulary projection at the response's columns alone. Masks come from
 lengths, never from token ids, so a tokenizer whose pad token is its EOS (GPT-2) needs no special case.
+
+These are the plain forms. For architectures that it knows, fast.py computes the same with less padding.
 """
 
 import contextlib

@@ -567,7 +567,7 @@ def table(results: dict) -> str:
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="*", help="beginnings of the rows' names (default: all)")
+    parser.add_argument("rows", nargs="*", help="names of rows, or beginnings of names (default: all)")
     parser.add_argument("--n", type=int, help="steps or repetitions of each row (default: each row's own)")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default 1)")
     parser.add_argument("--table", action="store_true", help="print the table of results/bench.json, measure nothing")
@@ -586,7 +586,8 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as directory:
         paths = {}
         for name, (function, kind, n, more) in ROWS.items():
-            if args.rows and not any(name.startswith(start) for start in args.rows):
+            if args.rows and name not in args.rows and not any(
+                    name.startswith(start) for start in args.rows if start not in ROWS):
                 continue
             paths[kind] = paths.get(kind) or make_model(kind, Path(directory))
             torch.set_num_threads(args.threads)
