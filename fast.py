@@ -51,9 +51,9 @@ class Packed(NamedTuple):
 
 
 def plant(prompts, responses, width: int) -> list[list[Tree]]:
-    """The rows: equal prompts share a tree, trees share a row as long as it has at most `width` tokens.
+    """The rows: equal prompts share a tree of about `width` tokens at most, and trees share rows of about as many.
 
-    A tree that is longer by itself, because prompt and one response are, sets the width.
+    As few rows as that takes; each tree, longest first, goes where there is least so far, so that rows are alike.
     """
     trees, sizes, growing = [], [], {}
     for i, (prompt, response) in enumerate(zip(prompts, responses)):
@@ -64,14 +64,12 @@ def plant(prompts, responses, width: int) -> list[list[Tree]]:
             sizes.append(len(prompt))
         trees[n].members.append(i)
         sizes[n] += len(response)
-    width, rows, room = max(width, *sizes), [], []
-    for n in sorted(range(len(trees)), key=lambda n: -sizes[n]):  # the first row with room, longest trees first
-        r = next((r for r, free in enumerate(room) if free >= sizes[n]), len(rows))
-        if r == len(rows):
-            rows.append([])
-            room.append(width)
+    rows = [[] for _ in range(min(len(trees), -(-sum(sizes) // max(width, *sizes))))]
+    filled = [0] * len(rows)
+    for n in sorted(range(len(trees)), key=lambda n: -sizes[n]):
+        r = filled.index(min(filled))
         rows[r].append(trees[n])
-        room[r] -= sizes[n]
+        filled[r] += sizes[n]
     return rows
 
 

@@ -65,9 +65,11 @@ def test_every_response_stands_once_behind_its_own_prompt_in_rows_of_the_width(b
     placed = [(i, prompt) for row in rows for prompt, members in row for i in members]
     assert sorted(i for i, _ in placed) == list(range(len(batch[0])))
     assert all(prompt == batch[0][i] for i, prompt in placed)
+    sizes = [[len(p) + sum(len(batch[1][i]) for i in members) for p, members in row] for row in rows]
     longest = max(len(prompt) + len(response) for prompt, response in zip(*batch))
-    size = lambda row: sum(len(p) + sum(len(batch[1][i]) for i in members) for p, members in row)  # noqa: E731
-    assert max(map(size, rows)) <= max(width, longest)
+    assert all(len(row) for row in rows) and max(map(max, sizes)) <= max(width, longest)
+    # Graham 1969: no row is longer than the mean by more than one tree
+    assert max(map(sum, sizes)) < sum(map(sum, sizes)) / len(rows) + max(map(max, sizes)) + 1
     packed = fast.pack(*batch, width, "cpu", last)
     assert len(packed.where) == sum(map(len, batch[1])) + last * len(batch[1])
 
