@@ -266,10 +266,10 @@ def update(policy, optimizer, loss, args, *others) -> torch.Tensor:
 
     others: models that the optimizer trains beside the policy, each clipped on its own.
     """
-    optimizer.zero_grad()
     loss.backward()
     norm, *_ = [torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm) for model in (policy, *others)]
     if not norm.isfinite():
         raise ValueError(f"the gradient is {norm.item()}: training has diverged; lower --lr, or raise --beta")
     optimizer.step()
+    optimizer.zero_grad()  # not before the next backward pass: its forward pass can do with the memory
     return norm

@@ -467,13 +467,16 @@ def growth(path, kind, n):
 
 
 def memory(path, kind, n):
-    """Peak resident memory of a process of three DPO steps, ours and TRL's; and of one that only imports the same."""
+    """Peak resident memory of a process of three DPO steps, ours and TRL's; and of one that only imports the same.
+
+    Ours without pi_ref once its log-probs are taken, and with it, as dpo.py keeps it for evaluations.
+    """
     peaks = {}
-    for name in ("ours", "TRL", "ours, imports", "TRL, imports"):
+    for name in ("ours", "ours, pi_ref kept", "TRL", "TRL, precomputed", "ours, imports", "TRL, imports"):
         out = subprocess.run([sys.executable, __file__, "--three-steps", name, path, kind], capture_output=True,
                              text=True, check=True)
         peaks[name] = json.loads(out.stdout.splitlines()[-1])
-    return dict(n=1, peak_megabytes=peaks, ratio={"ours": [peaks["TRL"] / peaks["ours"]] * 3})
+    return dict(n=1, peak_megabytes=peaks, ratio={name: [peaks["TRL"] / peaks[name]] * 3 for name in peaks})
 
 
 def three_steps(side: str, path: str, kind: str) -> None:
@@ -485,12 +488,15 @@ def three_steps(side: str, path: str, kind: str) -> None:
     if not side.endswith("imports"):
         learner = Learner(path)
         pairs = make_pairs(kind, size * (n + 2))[:size * (n + 1)]
-        if side == "TRL":
+        if side.startswith("TRL"):
             del learner
-            DPOTrainer(path, args=DPOConfig(**trl_settings(n, size, beta=ARGS.beta)),
-                       train_dataset=datasets.Dataset.from_list(pairs)).train()
+            DPOTrainer(path, args=DPOConfig(**trl_settings(
+                n, size, beta=ARGS.beta, precompute_ref_log_probs=side.endswith("precomputed"))),
+                train_dataset=datasets.Dataset.from_list(pairs)).train()
         else:
             rows = lm.add_ref_logps(learner.ref, encoded(learner.model, learner.tokenizer, pairs))
+            if not side.endswith("kept"):
+                learner.ref = None
             for batch in slices(rows, size):
                 learner.dpo(batch)
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
