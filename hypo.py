@@ -1,6 +1,6 @@
 """HyPO, Hybrid Preference Optimization: the DPO loss on offline pairs plus the reverse KL on online samples.
 
-    python hypo.py                                     # the built-in world, two minutes on a laptop
+    python hypo.py                                     # the built-in world, a minute on a laptop
     python hypo.py --lam 0                             # exactly dpo.py
     python hypo.py --model gpt2                        # a pretrained model, on film reviews (recipes/README.md)
     python hypo.py --model gpt2 --data pairs.jsonl     # or on your own preferences

@@ -1,6 +1,7 @@
 """What the README says of commands, flags, files and lengths is true; and the house keeps its arrows."""
 
 import ast
+import json
 import re
 import shlex
 import textwrap
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import bench
 import coverage
 import data
 import dpo
@@ -79,6 +81,10 @@ def test_imports_follow_the_arrows_of_the_house(path):
     assert names & set(ARROWS) <= ARROWS[path.stem]
     assert "eval" not in {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}, \
         "`import eval` would hide the builtin: write `from eval import ...`"
+
+
+def test_the_table_of_speed_is_the_one_that_was_measured():
+    assert bench.table(json.loads(bench.RESULTS.read_text(encoding="utf-8"))) in README
 
 
 def test_the_worked_example_is_the_same_in_the_readme_and_in_the_code():
