@@ -73,13 +73,22 @@ def plant(prompts, responses, width: int) -> list[list[Tree]]:
     return rows
 
 
-def pack(prompts, responses, width: int, device, last: bool) -> Packed:
-    """The batch as rows of at most `width` tokens; wanted are the states before each response token, in order.
+def cheapest(prompts, responses, D: int) -> list[list[Tree]]:
+    """The rows of the width that costs a model of width D least: wide ones have less padding, and more attention."""
+    def cost(rows) -> int:
+        W = max(sum(len(prompt) + sum(len(responses[i]) for i in members) for prompt, members in row) for row in rows)
+        return len(rows) * W * (6 * D + W)  # a token's matrix products and its attention, as 6 D is to W
+    longest = max(len(prompt) + len(response) for prompt, response in zip(prompts, responses))
+    return min((plant(prompts, responses, times * longest) for times in (1, 2, 3, 4, 6, 8)), key=cost)
+
+
+def pack(prompts, responses, D: int, device, last: bool) -> Packed:
+    """The batch in rows, for a model of width D; wanted are the states before each response token, in order.
 
     last: also wanted is the state after a response's last token. Otherwise that token is left out.
     """
     rows, wanted = [], [None] * len(prompts)
-    for r, trees in enumerate(plant(prompts, responses, width)):
+    for r, trees in enumerate(cheapest(prompts, responses, D)):
         row = []  # (id, position, number of the tree, number of the response + 1 or 0) of each token
         for number, (prompt, members) in enumerate(trees):
             row += [(token, t, number, 0) for t, token in enumerate(prompt)]
@@ -100,8 +109,7 @@ def pack(prompts, responses, width: int, device, last: bool) -> Packed:
 
 def hidden_states(model, prompts, responses, last: bool) -> torch.Tensor:
     """(N, D) last hidden states that predict the responses' tokens, see pack."""
-    # in a row of W tokens attention costs W / 6D of the matrix products; a wider one would hardly save more padding
-    packed = pack(prompts, responses, min(model.config.hidden_size, 1024), model.device, last)
+    packed = pack(prompts, responses, model.config.hidden_size, model.device, last)
     hidden = model.base_model(packed.ids, attention_mask=packed.mask, position_ids=packed.positions,
                               use_cache=False).last_hidden_state  # (R, W, D)
     return hidden.flatten(0, 1)[packed.where]
