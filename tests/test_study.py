@@ -29,7 +29,7 @@ from models import random_gpt2
 ROOT = Path(__file__).parent.parent
 RUNS = list(dict.fromkeys(job for _, jobs, _ in study.STUDIES.values() for job in jobs))
 seeds = st.integers(0, 10**6).map(random.Random)
-REPORTS = sorted((ROOT / "results").glob("*.json"))
+REPORTS = sorted(set((ROOT / "results").glob("*.json")) - {ROOT / "results" / "bench.json"})  # of studies
 
 # ---------------------------------------------------------------------------------------------------
 # the saved stream
