@@ -35,7 +35,7 @@ def without_bodies(source: str, wanted: dict[str, str]) -> str:
     found = {node.name: node for node in ast.parse(source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     missing = sorted(set(wanted) - set(found))
     if missing:
-        raise ValueError(f"the source has no function {', '.join(missing)}; exercises.py is out of date")
+        raise ValueError(f"the source has no function {', '.join(missing)}; exercises.py or KEPT_BACK is out of date")
     for name in sorted(wanted, key=lambda name: -found[name].lineno):  # from the end, so that line numbers hold
         node, end = found[name], found[name].end_lineno
         first = node.body[0]
