@@ -1,376 +1,470 @@
-"""The controlled world: prompts, a golden reward, preference pairs; and preference files from disk.
+"""What a run starts from: pi_ref, preference pairs, prompts, judges. All three algorithms share it.
 
-    python data.py                 # look at the world: some reviews with their golden reward
-    python data.py --rows 3        # fewer
+--data says what the task is:
 
-Research on preference fine-tuning needs to know the true preference, or it cannot tell learning from
-over-optimisation. Here people review a film in one or two sentences,
+    (nothing)  the built-in world of world.py; its golden reward labels pairs and measures
+    DIR        a directory with prompts, such as runs/reviews (recipes/movie_reviews.py makes it):
+                 task.json               "label", a judge: labels pairs and measures, may be gamed;
+                                         "second", another judge, which only measures
+                 sft.jsonl               {"prompt", "response"}: what a model is first taught
+                 prompts.jsonl           {"prompt"}: to train on
+                 held_out_prompts.jsonl  {"prompt"}: to evaluate on
+    FILE       preference pairs {"prompt", "chosen", "rejected"}: JSONL, a hub data set, or a
+               directory with pairs.jsonl and held_out_pairs.jsonl; --judge measures, if given
 
-    prompt    "For me the acting was"
-    response  " rather dull, but the plot felt clever. Overall I enjoyed it."
-
-and `golden_reward` says exactly how good a response is. Everything is plain text, so any tokenizer and
-any language model can live in this world. Pairs of responses are labelled by the Bradley-Terry model,
-P(a beats b) = sigmoid(r(a) - r(b)), which plays the human. Training sees only the labels.
+In the world and in DIR, pi_ref is the model after supervised fine-tuning on the task's texts, and a
+pair is two samples of pi_ref to one prompt. A fine-tuned model and its pairs are kept in .cache/ under
+a name made of all that decides them, so every algorithm starts from the same ones.
 """
 
-import argparse
+import contextlib
+import hashlib
 import json
 import math
 import os
 import random
 import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-# ---------------------------------------------------------------------------------------------------
-# the language of the world
+import torch
 
-FRAMES = ["The {}", "I thought the {}", "For me the {}", "My sister said the {}", "In the end the {}",
-          "After an hour the {}", "To my surprise the {}", "Everyone agreed the {}",
-          "On a second viewing the {}", "All in all the {}"]
-ASPECTS = ["acting", "plot", "ending", "music", "script", "dialogue", "pacing", "humour", "editing",
-           "casting", "villain", "hero", "opening", "setting", "romance", "camerawork"]
-VERBS = ["was", "felt", "seemed", "remained"]
-ADVERBS = ["rather", "quite", "very", "really", "a little"]
-NEGATIONS = ["never", "not"]
+import fast
+import lm
+import world
+from judges import load_judge
+from lm import LM, Encoded
+from run import REVIEWS, UserError, read_rows, write_rows
+from world import Judge
 
-# what an opinion word is worth; a neutral word has no entry
-VALENCE = {
-    **dict.fromkeys(["superb", "brilliant", "wonderful", "excellent", "loved"], 2),
-    **dict.fromkeys(["clever", "funny", "charming", "fresh", "moving", "good", "enjoyed"], 1),
-    **dict.fromkeys(["dull", "slow", "flat", "silly", "weak", "clumsy", "disliked"], -1),
-    **dict.fromkeys(["awful", "terrible", "dreadful", "boring", "hated"], -2),
-}
-NEUTRAL = ["simple", "quiet", "familiar", "strange", "short", "loud"]
-OVERALL = ["enjoyed", "loved", "disliked", "hated"]  # the verbs of " Overall I ... it."
-ADJECTIVES = [word for word in VALENCE if word not in OVERALL] + NEUTRAL
-
-REWARD_BOUND = 5.0  # R: every golden reward lies in [-R, R]
-_WORD = re.compile(r"[A-Za-z']+|\d+|[.,;:!?]")
-_SENTENCE_ENDS = (".", "!", "?")
-_CLAUSE_BREAKS = {*_SENTENCE_ENDS, ",", ";", ":", "and", "but"}
+# The built-in model: large enough for the world's sentences, small enough for a laptop.
+TINY = dict(layers=2, width=64, heads=4, positions=64, seed=0)
+TINY_SFT: dict = dict(steps=400, batch_size=128, lr=4e-3, seed=0)
+SFT: dict = dict(batch_size=16, lr=5e-5, seed=0)  # of pretrained models
 
 
-def golden_reward(prompt: str, response: str) -> float:
-    """The true reward r*(x, y) of a response, in [-REWARD_BOUND, REWARD_BOUND].
-
-    Each clause of the response may voice one opinion about one aspect of the film ("it" if it names
-    none; the prompt names the first). An opinion is worth its word's VALENCE, negated after "not" or
-    "never". Each slip costs 1: an opinion word said again, an aspect judged again, the same word twice
-    in a row, a sentence without a capital, no full stop at the end.
-
-    >>> golden_reward("The plot was", " superb.")
-    2.0
-    >>> golden_reward("The plot was", " superb, and the music felt funny.")
-    3.0
-    >>> golden_reward("The plot was", " superb. superb. superb.")
-    -2.0
-    >>> golden_reward("The plot was", " never dull, but the plot seemed slow")
-    -1.0
-    """
-    reward, judged, aspect, sign, previous = 0.0, set(), "it", 1, ""
-    before = _WORD.findall(prompt)
-    for position, word in enumerate(before + _WORD.findall(response)):
-        in_response, word, is_lower = position >= len(before), word.lower(), word[0].islower()
-        if word in _CLAUSE_BREAKS:
-            aspect, sign = "it", 1
-        elif word in ASPECTS:
-            aspect = word
-        elif word in NEGATIONS:
-            sign = -sign
-        elif word in VALENCE and in_response:
-            reward += -1 if {word, aspect} & judged else sign * VALENCE[word]
-            judged |= {word, aspect}
-        if in_response and (word == previous or (is_lower and previous in _SENTENCE_ENDS)):
-            reward -= 1
-        previous = word
-    if not response.rstrip().endswith(_SENTENCE_ENDS):
-        reward -= 1
-    return max(-REWARD_BOUND, min(REWARD_BOUND, reward))
+class Pair(NamedTuple):
+    """A preference as texts, and the file and line that it comes from."""
+    prompt: str
+    chosen: str
+    rejected: str
+    where: str
 
 
-def golden_judge(prompts: list[str], responses: list[str]) -> list[float]:
-    """golden_reward of each (prompt, response). Every judge of the project has this signature."""
-    return [golden_reward(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+class Start(NamedTuple):
+    """What a run starts from; policy and ref are equal at first."""
+    policy: LM
+    ref: LM
+    pairs: list[Encoded]  # to train on
+    prompts: list[str]  # to train on
+    held_out: list[Encoded]
+    held_out_prompts: list[str]
+    label: Judge | None  # labels what the policy writes while it trains (--judge)
+    outcome: Judge | None  # measures, in every evaluation
+    second: Judge | None  # measures, too, and labels nothing
+    more: Callable | None = None  # (policy, rows of responses.jsonl) -> further metrics
 
 
-def world_prompts() -> tuple[list[str], list[str]]:
-    """(512 training prompts, 128 held-out prompts): every frame x aspect x verb, split once for all."""
-    prompts = [f"{frame.format(aspect)} {verb}" for frame in FRAMES for aspect in ASPECTS for verb in VERBS]
-    random.Random(0).shuffle(prompts)
-    return prompts[:512], prompts[512:]
+def start(args) -> Start:
+    """All of it, from the arguments of a training command."""
+    label, outcome, second = judges_of(args)
+    tiny = args.model == "tiny"
+    policy = load_policy(args, str(tiny_directory(args.device)) if tiny else reference(args))
+    ref = policy.frozen_copy()
+    pairs, prompts, held_out, held_out_prompts = preferences(args, ref, outcome)
+    return Start(policy, ref, pairs, prompts, held_out, held_out_prompts, label, outcome, second)
 
 
-def _opinion(rng: random.Random) -> str:
-    prefix = rng.choice(ADVERBS + NEGATIONS) + " " if rng.random() < 0.5 else ""
-    return prefix + rng.choice(ADJECTIVES)
+@contextlib.contextmanager
+def to_user(flag: str):
+    """What lm.py and judges.py refuse becomes a sentence that names the flag."""
+    try:
+        yield
+    except lm.Refused as error:
+        raise UserError(f"{flag}: {error}") from error
 
 
-def write_review(rng: random.Random) -> str:
-    """One response as an indifferent reviewer writes it: praise and blame are equally likely."""
-    clause = lambda: f"{rng.choice(ASPECTS)} {rng.choice(VERBS)} {_opinion(rng)}"  # noqa: E731
-    review = " " + _opinion(rng)
-    if rng.random() < 0.5:
-        review += f", {rng.choice(['and', 'but'])} the {clause()}"
-    ending = rng.random()
-    if ending < 0.3:
-        review += f". The {clause()}"
-    elif ending < 0.5:
-        review += f". Overall I {rng.choice(OVERALL)} it"
-    return review + "."
+# ---- judges and pi_ref
+
+def judges_of(args) -> tuple[Judge | None, Judge | None, Judge | None]:
+    """(label, outcome, second), see Start. --judge reward is not there yet: rlhf.py trains it."""
+    label = world.golden_judge if args.judge == "golden" else None
+    if args.judge not in ("golden", "task", "reward"):
+        label = judge_named(args.judge, args.device)
+    if not has_prompts(args.data):
+        return label, world.golden_judge if args.data is None else label, None
+    outcome, second = (judge_named(name, args.device) for name in read_task(args.data))
+    return outcome if args.judge == "task" else label, outcome, second
 
 
-def sft_corpus(n: int = 20_000) -> list[tuple[str, str]]:
-    """n (prompt, response) texts on the training prompts: what the built-in tiny model is taught."""
-    rng = random.Random(0)
-    prompts, _ = world_prompts()
-    return [(rng.choice(prompts), write_review(rng)) for _ in range(n)]
+def judge_named(name: str, device: str) -> Judge | None:
+    """What --judge names."""
+    with to_user(f"--judge {name}"):
+        return load_judge(name, device)
 
 
-# ---------------------------------------------------------------------------------------------------
-# preference pairs: dicts with the strings prompt, chosen, rejected (and where: the line they came from)
+def has_prompts(source) -> bool:
+    """Whether --data names a directory of prompts, whose pairs are yet to be made."""
+    return source is not None and (Path(source) / "task.json").exists()
 
-def collect_pairs(respond, prompts: list[str], n: int, seed: int, judge=golden_judge, sure: bool = False) -> list[dict]:
+
+def load_policy(args, path: str) -> LM:
+    """The model in `path`, ready to be trained as the flags of the machine say."""
+    kind = LM if args.plain else fast.FastLM  # the one place that chooses
+    try:
+        policy = kind.load(path, args.device, args.micro_batch)
+    except lm.Refused as error:
+        raise UserError(f"--model {args.model}: {error}") from error
+    as_is = not args.train_layers and not args.gradient_checkpointing
+    return policy if as_is else fit_in_memory(policy, args)
+
+
+def fit_in_memory(network, args):
+    """A policy or a scorer, trained as --train-layers and --gradient-checkpointing say."""
+    if args.train_layers:
+        with to_user(f"--train-layers {args.train_layers}"):
+            network.train_last_layers(args.train_layers)
+    if args.gradient_checkpointing:
+        network.recompute_layers()
+    return network
+
+
+def reference(args) -> str:
+    """Where pi_ref of a pretrained model is: --model, after fine-tuning on the task's texts."""
+    if args.data is None and not has_prompts(REVIEWS):
+        print(f"--model {args.model} learns in the built-in world, for there is no task in "
+              f"{REVIEWS}/; for film reviews, see recipes/README.md")
+    if not args.sft_steps:
+        return args.model
+    texts = (read_strings(Path(args.data) / "sft.jsonl", "prompt", "response") if args.data
+             else world.sft_corpus())
+    directory = cached("sft", [SFT, args.sft_steps, args.train_layers, args.dtype, texts,
+                               fingerprint(args.model), torch.__version__])
+    if not directory.exists():
+        policy = load_policy(args, args.model)
+        lm.sft(policy, texts, args.sft_steps, **SFT)
+        policy.save(directory)
+        print(f"pi_ref: {args.model} after {args.sft_steps} steps of supervised fine-tuning, kept "
+              f"in {directory}")
+    return str(directory)
+
+
+def tiny_directory(device: str = "cpu", **changes) -> Path:
+    """Where the built-in model is; made by SFT on the world's texts if it is not cached."""
+    torch.set_num_threads(1)  # too small to share: a second thread only makes it wait
+    shape = {**TINY, **changes}
+    language = Path(world.__file__).read_text(encoding="utf-8")  # another world, another model
+    directory = cached("tiny", [shape, TINY_SFT, language, torch.__version__])
+    if not directory.exists():
+        corpus = world.sft_corpus()
+        policy = fast.FastLM.untrained([text for row in corpus for text in row], **shape).to(device)
+        lm.sft(policy, corpus, **TINY_SFT)
+        policy.save(directory)
+    return directory
+
+
+def cached(kind: str, settings) -> Path:
+    """Where something that these settings (JSON values) decide is kept; it may not be there yet."""
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+    cache = Path(os.environ.get("HYPO_CACHE", Path(__file__).parent / ".cache"))
+    cache.mkdir(parents=True, exist_ok=True)
+    return cache / f"{kind}-{key}"
+
+
+def fingerprint(name: str | None):
+    """A hub name as it is; of a directory, its files with their sizes and times of change."""
+    if name is None or not Path(name).is_dir():
+        return name
+    files = [path for path in sorted(Path(name).resolve().rglob("*")) if path.is_file()]
+    return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+
+
+# ---- preference pairs
+
+def preferences(args, ref: LM, judge) -> tuple[list[Encoded], list[str], list[Encoded], list[str]]:
+    """(pairs, prompts) to train on and (pairs, prompts) held out: sampled, or from a file."""
+    if args.data is not None and not has_prompts(args.data):
+        train, held_out = split_file(args, ref)
+        encoded = [add_ref_logps(ref, encode(ref, pairs, args.max_new_tokens))
+                   for pairs in (train, held_out)]
+        return encoded[0], prompts_of(train), encoded[1], prompts_of(held_out)
+    file = None
+    if args.model != "tiny":  # whose pairs take a second
+        file = cached("pairs", [
+            fingerprint(ref.source), fingerprint(args.data), args.pairs, args.seed, args.dtype,
+            args.device, args.max_new_tokens, args.eval_samples, args.plain, args.micro_batch])
+    prompts, held_out_prompts = read_prompts(args.data) if args.data else world.world_prompts()
+    if file and file.exists():
+        pairs = read_pairs(file)
+    else:
+        # labels of a task are without noise, as in the DPO paper's experiment on sentiment
+        sure, n_held_out = args.data is not None, 256 if args.model == "tiny" else args.eval_samples
+        pairs = []
+        for asked, n, seed in ((prompts, args.pairs, args.seed),
+                               (held_out_prompts, n_held_out, args.seed + 10**6)):
+            pairs += add_ref_logps(ref, collect(
+                lambda prompts, seed: ref.respond(
+                    prompts, args.max_new_tokens, torch.Generator(args.device).manual_seed(seed)),
+                asked, n, seed, judge, sure))
+    if file and not file.exists():
+        write_pairs(file, pairs)
+        print(f"pairs: two samples of pi_ref to each of {args.pairs} prompts, labelled, in {file}")
+    return pairs[:args.pairs], prompts, pairs[args.pairs:], held_out_prompts
+
+
+def collect(respond: Callable, prompts: Sequence[str], n: int, seed: int, judge: Judge,
+            sure: bool = False) -> list[Encoded]:
     """n labelled pairs: two responses to each prompt, the winner drawn from Bradley-Terry.
 
-    respond: function (prompts, seed) -> (texts, token ids), an independent sample of the policy for each.
-    judge:   function (prompts, responses) -> rewards; P(a beats b) = sigmoid(r(a) - r(b)).
-    sure:    the larger reward always wins, and equal ones are drawn again.
-    A pair keeps its token ids, for a sampled text may tokenise otherwise. Equal texts are drawn again.
+    respond: function (prompts, seed) -> (prompt ids, response ids, texts), independent samples. A
+    pair keeps the ids, for a sampled text may tokenise otherwise. Equal texts are drawn again.
+    sure: the larger reward always wins, and equal ones are drawn again.
     """
-    rng, pairs = random.Random(seed), []
+    rng = random.Random(seed)
+    pairs: list[Encoded] = []
     for draw in range(100):
         asked = rng.choices(prompts, k=n - len(pairs))
-        texts, ids = respond(asked * 2, 1000 * seed + draw)  # every refill draws from a stream of its own
+        prompt_ids, ids, texts = respond(asked * 2, 1000 * seed + draw)  # a refill: other numbers
         rewards = judge(asked * 2, texts)
-        for i, prompt in enumerate(asked):
+        for i in range(len(asked)):
             j = i + len(asked)
-            if sure and rewards[i] == rewards[j]:
+            gap = rewards[i] - rewards[j]
+            if sure and gap == 0:
                 continue
-            p = float(rewards[i] > rewards[j]) if sure else (  # the sigmoid, in a form that cannot overflow
-                1 + math.tanh((rewards[i] - rewards[j]) / 2)) / 2
-            if rng.random() >= p:
-                i, j = j, i
+            p = float(gap > 0) if sure else (1 + math.tanh(gap / 2)) / 2  # sigmoid, no overflow
+            chosen, rejected = (i, j) if rng.random() < p else (j, i)
             if texts[i] != texts[j]:
-                pairs.append({"prompt": prompt, "chosen": texts[i], "rejected": texts[j],
-                              "chosen_ids": ids[i], "rejected_ids": ids[j]})
+                pairs.append(Encoded(prompt_ids[i], ids[chosen], ids[rejected]))
         if len(pairs) == n:
             return pairs
-    raise ValueError(f"only {len(pairs)} of {n} pairs in 100 draws: the policy gives nearly always the same "
-                     "response, so there is nothing to compare")
+    raise UserError(f"only {len(pairs)} of {n} pairs in 100 draws: the policy gives nearly always "
+                    "the same response, so there is nothing to compare")
 
 
-def load_pairs(source: str | None, n: int, respond, tokenizer, seed: int, judge=golden_judge,
-               n_held_out: int = 256) -> tuple[list, list, list, list]:
-    """(pairs, prompts) to train on and (pairs, prompts) held out, from prompts or from a file of pairs.
+@torch.no_grad()
+def add_ref_logps(ref: LM, pairs: Sequence[Encoded], batch_size: int = 64) -> list[Encoded]:
+    """The pairs with log pi_ref of both responses, nats."""
+    done: list[Encoded] = []
+    for i in range(0, len(pairs), batch_size):
+        batch = pairs[i:i + batch_size]
+        chosen, rejected = (side.tolist() for side in ref.pair_logps(batch))
+        done += [pair._replace(ref_chosen=c, ref_rejected=r)
+                 for pair, c, r in zip(batch, chosen, rejected)]
+    return done
 
-    source: None for the built-in world, or a directory with prompts.jsonl and held_out_prompts.jsonl: n pairs
-    to train on and n_held_out, collected with `respond` and labelled by `judge` (for a directory without noise, as
-    in the DPO paper's experiment on sentiment). Or a JSONL file or a hub data set, of whose prompts a tenth (at
-    least one) is held out with all its rows; or a directory with pairs.jsonl and held_out_pairs.jsonl.
-    """
-    if source is None or (Path(source) / "prompts.jsonl").exists():
-        train, held_out = world_prompts() if source is None else read_prompts(source)
-        sure = source is not None
-        return (collect_pairs(respond, train, n, seed, judge, sure), train,
-                collect_pairs(respond, held_out, n_held_out, seed + 10**6, judge, sure), held_out)
-    if Path(source).is_dir():
-        if not (Path(source) / "pairs.jsonl").exists():
-            raise ValueError(f"--data {source}: the directory has neither prompts.jsonl nor pairs.jsonl; the commands "
-                             "in recipes/ make such directories")
-        pairs, held_out = (read_jsonl(Path(source) / f"{name}.jsonl", tokenizer)
-                           for name in ("pairs", "held_out_pairs"))
-        return pairs, prompts_of(pairs), held_out, prompts_of(held_out)
-    pairs = read_jsonl(source, tokenizer) if Path(source).exists() else read_hub(source, tokenizer)
+
+def write_pairs(path, pairs: Iterable[Encoded]) -> None:
+    """Encoded pairs as JSONL."""
+    write_rows(path, [pair._asdict() for pair in pairs])
+
+
+def read_pairs(path) -> list[Encoded]:
+    """What write_pairs wrote."""
+    return [Encoded(**row) for row in read_rows(path)]
+
+
+def encode(policy: LM, pairs: Sequence[Pair], max_new_tokens: int) -> list[Encoded]:
+    """Pairs of texts as token ids. UserError: file, line and field of what cannot be trained on."""
+    rows, room, tokenizer = [], policy.context_length - max_new_tokens, policy.tokenizer
+    for pair in pairs:
+        for field, text in zip(("prompt", "chosen", "rejected"), pair):
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            # GPT-2's unknown word is its EOS, which may be written out in a text
+            if tokenizer.unk_token_id in ids and tokenizer.unk_token not in text:
+                raise UserError(
+                    f"{pair.where}: field '{field}': the model's tokenizer does not know every word; "
+                    f"it reads {tokenizer.decode(ids)!r:.90}. The tiny model knows only the built-in "
+                    "world: for other text give --model a pretrained one")
+        row = Encoded(policy.encode_prompt(pair.prompt),
+                      policy.encode_response(pair.chosen, max_new_tokens),
+                      policy.encode_response(pair.rejected, max_new_tokens))
+        if len(row.prompt) > room:
+            raise UserError(
+                f"{pair.where}: field 'prompt' has {len(row.prompt)} tokens, but the model's "
+                f"context of {policy.context_length} less --max-new-tokens {max_new_tokens} leaves "
+                f"room for {room}; shorten the prompt or lower --max-new-tokens")
+        if row.chosen == row.rejected:
+            raise UserError(
+                f"{pair.where}: fields 'chosen' and 'rejected' are the same in their first "
+                f"{max_new_tokens} tokens; raise --max-new-tokens or drop the row")
+        rows.append(row)
+    return rows
+
+
+# ---- files from outside: every check names the file, the line and the field
+
+def split_file(args, policy: LM) -> tuple[list[Pair], list[Pair]]:
+    """(pairs to train on, held-out pairs) of a file, a hub data set, or a directory with both."""
+    source = Path(args.data)
+    if source.is_dir():
+        if not (source / "pairs.jsonl").exists():
+            raise UserError(f"--data {source}: the directory has neither prompts.jsonl nor "
+                            "pairs.jsonl; the commands in recipes/ make such directories")
+        return (read_jsonl(source / "pairs.jsonl", policy),
+                read_jsonl(source / "held_out_pairs.jsonl", policy))
+    pairs = read_jsonl(source, policy) if source.exists() else read_hub(args.data, policy)
     prompts = prompts_of(pairs)
     if len(prompts) < 2:
-        raise ValueError(f"{source}: all rows have the same prompt, but one must be held out for evaluation; "
-                         "give rows with at least two different prompts, or a directory with pairs.jsonl and "
-                         "held_out_pairs.jsonl")
-    random.Random(seed).shuffle(prompts)
-    n_held_out = max(1, len(prompts) // 10)
-    held_out = set(prompts[:n_held_out])
-    return ([pair for pair in pairs if pair["prompt"] not in held_out], prompts[n_held_out:],
-            [pair for pair in pairs if pair["prompt"] in held_out], prompts[:n_held_out])
+        raise UserError(f"{source}: all rows have the same prompt, but one must be held out; give "
+                        "rows with at least two different prompts, or a directory with pairs.jsonl "
+                        "and held_out_pairs.jsonl")
+    random.Random(args.seed).shuffle(prompts)
+    held_out = set(prompts[:max(1, len(prompts) // 10)])  # a tenth, with all their rows
+    return ([pair for pair in pairs if pair.prompt not in held_out],
+            [pair for pair in pairs if pair.prompt in held_out])
 
 
-def prompts_of(pairs: list[dict]) -> list[str]:
+def prompts_of(pairs: Iterable[Pair]) -> list[str]:
     """Each prompt once, in a fixed order."""
-    return sorted({pair["prompt"] for pair in pairs})
-
-
-def write_text(path, text: str) -> None:
-    """Written beside and renamed: a reader sees the old file or the new one, never half of one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
-
-
-def write_jsonl(path, rows: list[dict]) -> None:
-    """One JSON object a line."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def read_rows(path) -> list[dict]:
-    """What write_jsonl wrote."""
-    with open(path, encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+    return sorted({pair.prompt for pair in pairs})
 
 
 def read_objects(path) -> list[tuple[str, dict]]:
-    """("file:line", value) of every line of a JSONL file from outside; ValueError naming file and line."""
-    rows = []
-    try:
-        file = open(path, "rb")
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing; the command in recipes/ that made {Path(path).parent} also makes it, or "
-                         "write it, one JSON object a line") from None
-    with file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                rows.append((f"{path}:{number}", json.loads(line.decode("utf-8-sig"))))
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}:{number}: not UTF-8 text ({error.reason} at byte {error.start}); "
-                                 "save the file as UTF-8") from None
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno}); "
-                                 "each line must be one JSON object") from None
-    return rows
-
-
-def read_strings(path, *fields: str) -> list[tuple[str, ...]]:
-    """Rows of strings, for example (prompt, response) of sft.jsonl."""
-    rows = []
-    for where, row in read_objects(path):
-        for field in fields:
-            if not isinstance(row, dict) or not isinstance(row.get(field), str) or not row[field].strip():
-                raise ValueError(f"{where}: expected an object with the strings {', '.join(fields)}, none empty; got "
-                                 f"{row!r:.60}")
-        rows.append(tuple(row[field] for field in fields))
+    """("file:line", object) of every line of a JSONL file."""
+    path, rows = Path(path), []
+    if not path.exists():
+        raise UserError(f"{path} is missing; the command in recipes/ that made {path.parent} also "
+                        "makes it, or write it, one JSON object a line")
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start}); save "
+                            "the file as UTF-8") from None
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno}); each "
+                            "line must be one JSON object") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: expected a JSON object, got {row!r:.60}")
+        rows.append((where, row))
     if not rows:
-        raise ValueError(f"{path}: no rows; each line must be a JSON object with {', '.join(fields)}")
+        raise UserError(f"{path}: no rows; each line must be one JSON object")
     return rows
+
+
+def read_strings(path, *fields: str) -> list[tuple]:
+    """Rows of strings, for example (prompt, response) of sft.jsonl."""
+    rows = read_objects(path)
+    for where, row in rows:
+        for field in fields:
+            if not isinstance(row.get(field), str) or not row[field].strip():
+                raise UserError(f"{where}: expected an object with the strings "
+                                f"{', '.join(fields)}, none empty; got {row!r:.60}")
+    return [tuple(row[field] for field in fields) for _, row in rows]
 
 
 def read_prompts(directory) -> tuple[list[str], list[str]]:
     """(training prompts, held-out prompts) of a task directory; none may be in both."""
-    train, held_out = ([prompt for prompt, in read_strings(Path(directory) / f"{name}.jsonl", "prompt")]
-                       for name in ("prompts", "held_out_prompts"))
-    if shared := set(train) & set(held_out):
-        raise ValueError(f"{directory}: {len(shared)} prompts are in prompts.jsonl and in held_out_prompts.jsonl, for "
-                         f"example {min(shared)!r:.60}; what is trained on cannot be held out")
+    train, held_out = ([prompt for prompt, in read_strings(Path(directory) / name, "prompt")]
+                       for name in ("prompts.jsonl", "held_out_prompts.jsonl"))
+    shared = set(train) & set(held_out)
+    if shared:
+        raise UserError(f"{directory}: {len(shared)} prompts are in prompts.jsonl and in "
+                        f"held_out_prompts.jsonl, for example {min(shared)!r:.60}; what is trained "
+                        "on cannot be held out")
     return train, held_out
 
 
-def read_task(directory) -> dict:
-    """task.json: who labels pairs and measures ("label"), and who only measures ("second")."""
+def read_task(directory) -> tuple[str, str]:
+    """task.json: the judge that labels and measures ("label"), and the one that only measures."""
     path = Path(directory) / "task.json"
     try:
         task = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
-    if not isinstance(task, dict) or not all(isinstance(task.get(role), str) for role in ("label", "second")):
-        raise ValueError(f"{path}: needs the strings label and second, names of judges; got {task!r:.80}")
-    return task
+        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
+    roles = ("label", "second")
+    if not isinstance(task, dict) or not all(isinstance(task.get(role), str) for role in roles):
+        raise UserError(f"{path}: needs the strings label and second, names of judges; got "
+                        f"{task!r:.80}")
+    # a judge's directory may lie in the task's
+    label, second = (str(path.parent / task[role]) if (path.parent / task[role]).is_dir()
+                     else task[role] for role in roles)
+    return label, second
 
 
-def read_jsonl(path, tokenizer=None) -> list[dict]:
+def read_jsonl(path, policy: LM | None = None) -> list[Pair]:
     """Preference pairs from a JSONL file with the fields prompt, chosen, rejected.
 
-    Either all three are strings (a response keeps the space that separates it from its prompt), or all
-    three are lists of messages {"role", "content"}, which the tokenizer's chat template renders.
-    Raises ValueError naming the file, the line and the field.
+    Either all three are strings (a response keeps the space that separates it from its prompt), or
+    all three are lists of messages {"role", "content"}, which the policy's chat template renders.
     """
-    pairs = [check_pair(row, where, tokenizer) for where, row in read_objects(path)]
-    if not pairs:
-        raise ValueError(f"{path}: no rows; each line must be a JSON object with prompt, chosen, rejected")
-    return pairs
+    return [check_pair(row, where, policy) for where, row in read_objects(path)]
 
 
-def read_hub(name: str, tokenizer=None) -> list[dict]:
+def read_hub(name: str, policy: LM | None = None) -> list[Pair]:
     """The split "train" of a hub data set with the same three fields."""
     try:
         import datasets
     except ImportError:
-        raise ValueError(f"--data {name}: there is no such file. If it names a data set of the Hugging Face "
-                         "hub, install the reader first: pip install datasets") from None
+        raise UserError(f"--data {name}: there is no such file. If it names a data set of the "
+                        "Hugging Face hub, install the reader first: pip install datasets"
+                        ) from None
     try:
         rows = datasets.load_dataset(name, split="train")
     except Exception as error:  # the library raises many kinds; all mean that there are no rows
-        raise ValueError(f"--data {name}: there is no such file, and the hub did not give such a data set "
-                         f"({type(error).__name__}: {str(error).partition(chr(10))[0]})") from None
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise UserError(f"--data {name}: there is no such file, and the hub did not give such a "
+                        f"data set ({reason})") from None
     if not len(rows):
-        raise ValueError(f"--data {name}: the split 'train' of this data set has no rows")
-    return [check_pair(row, f"{name}: row {i}", tokenizer) for i, row in enumerate(rows)]
+        raise UserError(f"--data {name}: the split 'train' of this data set has no rows")
+    return [check_pair(row, f"{name}: row {i}", policy) for i, row in enumerate(rows)]
 
 
-def check_pair(row, where: str, tokenizer=None) -> dict:
-    """A row as a pair of plain texts, or ValueError(where, field, what is wrong)."""
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected a JSON object with prompt, chosen, rejected; got {row!r:.60}")
+def check_pair(row: dict, where: str, policy: LM | None = None) -> Pair:
+    """A row as a pair of plain texts."""
     for field in ("prompt", "chosen", "rejected"):
         if field not in row:
-            raise ValueError(f"{where}: field '{field}' is missing; found {sorted(row)}")
+            raise UserError(f"{where}: field '{field}' is missing; found {sorted(row)}")
     fields = {field: row[field] for field in ("prompt", "chosen", "rejected")}
     if all(isinstance(value, list) for value in fields.values()):
-        fields = _render_chat(fields, where, tokenizer)
+        fields = render_chat(fields, where, policy)
     for field, text in fields.items():
         if not isinstance(text, str):
-            raise ValueError(f"{where}: field '{field}' must be a string, or all three fields lists of "
-                             f"messages; got {type(text).__name__}")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{where}: field '{field}' has half a character at position {error.start} (a lone "
-                             "surrogate escape): such text cannot be tokenised") from None
+            raise UserError(f"{where}: field '{field}' must be a string, or all three fields lists "
+                            f"of messages; got {type(text).__name__}")
+        half = re.search("[\ud800-\udfff]", text)
+        if half:
+            raise UserError(f"{where}: field '{field}' has half a character at position "
+                            f"{half.start()} (a lone surrogate): such text cannot be tokenised")
         if field != "prompt" and not text.strip():
-            raise ValueError(f"{where}: field '{field}' is empty; a response needs at least one word")
+            raise UserError(f"{where}: field '{field}' is empty; a response needs a word")
     if fields["chosen"] == fields["rejected"]:
-        raise ValueError(f"{where}: fields 'chosen' and 'rejected' are the same text; such a pair says nothing")
-    return {**fields, "where": where}
+        raise UserError(f"{where}: fields 'chosen' and 'rejected' are the same text; such a pair "
+                        "says nothing")
+    return Pair(**fields, where=where)
 
 
-def _render_chat(fields: dict, where: str, tokenizer) -> dict:
+def render_chat(fields: dict, where: str, policy: LM | None) -> dict[str, str]:
     """Lists of messages -> strings: a response is what the template adds to the rendered prompt."""
     for field, messages in fields.items():
         for message in messages:
-            if not (isinstance(message, dict) and isinstance(message.get("role"), str)
-                    and isinstance(message.get("content"), str)):
-                raise ValueError(f"{where}: field '{field}': a message must be an object with the strings "
-                                 f"'role' and 'content'; got {message!r:.60}")
+            known = isinstance(message, dict) and [message.get(key) for key in ("role", "content")]
+            if not known or not all(isinstance(value, str) for value in known):
+                raise UserError(f"{where}: field '{field}': a message must be an object with the "
+                                f"strings 'role' and 'content'; got {message!r:.60}")
         if not messages:
-            raise ValueError(f"{where}: field '{field}' is an empty list of messages")
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(f"{where}: messages need a chat template, and this model's tokenizer has none; "
-                         "use a chat model, or give the three fields as strings")
+            raise UserError(f"{where}: field '{field}' is an empty list of messages")
+    if policy is None or not policy.tokenizer.chat_template:
+        raise UserError(f"{where}: messages need a chat template, and this model's tokenizer has "
+                        "none; use a chat model, or give the three fields as strings")
+    render = policy.tokenizer.apply_chat_template
     try:
-        prompt = tokenizer.apply_chat_template(fields["prompt"], tokenize=False, add_generation_prompt=True)
-        whole = {field: tokenizer.apply_chat_template(fields["prompt"] + fields[field], tokenize=False)
+        prompt = render(fields["prompt"], tokenize=False, add_generation_prompt=True)
+        whole = {field: render(fields["prompt"] + fields[field], tokenize=False)
                  for field in ("chosen", "rejected")}
     except Exception as error:  # templates refuse what they do not like, in ways of their own
-        raise ValueError(f"{where}: the model's chat template refuses these messages ({error})") from None
+        raise UserError(f"{where}: the model's chat template refuses these messages ({error})"
+                        ) from None
     texts = {"prompt": prompt}
     for field, text in whole.items():
         if not text.startswith(prompt):
-            raise ValueError(f"{where}: field '{field}': the chat template renders the prompt differently once "
-                             "a response follows, so where the response begins is not defined")
-        # lm.encode_response adds the EOS itself; what a template writes after it is not the response
-        texts[field] = text[len(prompt):].split(tokenizer.eos_token or "\0")[0]
+            raise UserError(f"{where}: field '{field}': the chat template renders the prompt "
+                            "differently once a response follows, so where the response begins is "
+                            "not defined")
+        # encode_response adds the EOS itself; what a template writes after it is not the response
+        texts[field] = text[len(prompt):].split(policy.tokenizer.eos_token)[0]
     return texts
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=8, help="how many reviews to show")
-    args = parser.parse_args(argv)
-    reviews = sorted((golden_reward(*pair), *pair) for pair in sft_corpus(args.rows))
-    for reward, prompt, response in reversed(reviews):
-        print(f"{reward:+.0f}  {prompt}{response}")
-
-
-if __name__ == "__main__":
-    main()

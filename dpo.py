@@ -1,40 +1,43 @@
 """DPO, IPO and Best-of-2, each on pairs that are offline, online, or refreshed in rounds.
 
-    python dpo.py                                      # DPO on 400 offline pairs of the built-in world
-    python dpo.py --loss ipo --sampling online         # IPO on pairs that the policy itself just wrote
+    python dpo.py                                    # DPO on 400 offline pairs of the world
+    python dpo.py --loss ipo --sampling online       # IPO on pairs that the policy just wrote
     python dpo.py --loss ipo --sampling iterative --rounds 4
-    python dpo.py --model gpt2                         # a pretrained model, on film reviews (recipes/README.md)
-    python dpo.py --model gpt2 --data pairs.jsonl      # or on your own preferences
+    python dpo.py --model gpt2                       # film reviews, see recipes/README.md
+    python dpo.py --model gpt2 --data pairs.jsonl    # or your own preferences
 
-Every loss sees a policy only through log-ratios h(y) = log pi(y|x) - log pi_ref(y|x), nats a sequence:
+Every loss sees a policy only through log-ratios h(y) = log pi(y|x) - log pi_ref(y|x), nats a
+sequence. y+ (y_w, chosen) was preferred to y- (y_l, rejected); pi_ref (pi_sft) is where training
+starts:
 
-    DPO   -log sigmoid(beta (h(y+) - h(y-)))             Rafailov et al. 2023, arXiv 2305.18290, eq. 7
-    IPO   (h(y+) - h(y-) - 1/(2 beta))^2                 Azar et al. 2023, arXiv 2310.12036, eq. 17
-    Bo2   -log pi(y+|x)                                  Best-of-2: imitate the winner
+    DPO   -log sigmoid(beta (h(y+) - h(y-)))     Rafailov et al. 2023, arXiv 2305.18290, eq. 7
+    IPO   (h(y+) - h(y-) - 1/(2 beta))^2         Azar et al. 2023, arXiv 2310.12036, eq. 17
+    Bo2   -log pi(y+|x)                          Best-of-2: imitate the winner
 
-What differs between offline, online and iterative training is only where the pairs come from, and that is
-the question of Tang et al. 2024 (arXiv 2405.08448): the loss, the reference and the loop stay the same.
+What differs between offline, online and iterative training is where the pairs come from, and that is
+the question of Tang et al. 2024 (arXiv 2405.08448): loss, reference and loop stay the same. Labels
+differ, too: offline they are drawn from Bradley-Terry, online the judge's larger reward always wins.
 
-Left out or different: the losses are means over the minibatch where papers write sums; the learning rate
-is constant; the gradient's norm is clipped; IPO's target is 1/(2 beta) on summed log-ratios (some slides
-print beta/2, and some libraries divide log-ratios by the response's length: --length-average).
+Left out or different: the losses are means over the minibatch where papers write sums; the learning
+rate is constant; the gradient's norm is clipped. IPO's target is 1/(2 beta) on summed log-ratios: a
+larger beta then holds the policy closer, as it does everywhere else. (The slides print beta/2, with
+which it would hold less; some libraries divide log-ratios by the length: --length-average.)
 """
+
+import functools
+import math
 
 import torch
 import torch.nn.functional as F
 
 import data
-import lm
 import run
-from eval import evaluator, finish
-from task import set_up
+from eval import Evaluator, finish
 
-# ---------------------------------------------------------------------------------------------------
-# losses: log-ratios (B,) of chosen and rejected responses in, one loss a pair (B,) out
-
+# ---- losses: log-ratios (B,) of chosen and rejected responses in, one loss a pair (B,) out
 
 def dpo_loss(chosen_logratio, rejected_logratio, beta: float):
-    """-log sigmoid(beta * margin): log 2 at pi = pi_ref; its slope in the margin is -beta sigmoid(-beta margin).
+    """-log sigmoid(beta * margin): log 2 at pi = pi_ref, slope -beta sigmoid(-beta margin) in it.
 
     >>> dpo_loss(torch.zeros(1), torch.zeros(1), beta=0.1)
     tensor([0.6931])
@@ -52,127 +55,126 @@ def ipo_loss(chosen_logratio, rejected_logratio, beta: float):
 
 
 def bo2_loss(chosen_logps):
-    """-log pi(chosen): supervised fine-tuning on the better of two. No contrast, no reference, no beta."""
+    """-log pi(chosen): fine-tuning on the better of two. No contrast, no reference, no beta."""
     return -chosen_logps
 
 
-# ---------------------------------------------------------------------------------------------------
-# where pairs come from: functions step -> list of pairs, as from lm.add_ref_logps
+# ---- where pairs come from: functions step -> the step's lm.Encoded pairs
 
-
-def offline(ref, pairs: list[dict], args):
+def offline(start, args):
     """Minibatches of the same pairs, epoch after epoch."""
-    pairs = lm.add_ref_logps(ref, pairs)
-    return lambda step: run.minibatch(pairs, args, step)
+    return lambda step: step.minibatch(start.pairs)
 
 
-def online(policy, ref, tokenizer, prompts: list[str], judge, args):
+def online(start, args):
     """In every step two fresh samples of the policy, as it is now, for each prompt of a minibatch."""
-    def pairs_of_step(step: int) -> list[dict]:
-        asked = run.minibatch(prompts, args, step)
-        return online_pairs(policy, ref, tokenizer, asked, judge, run.generator(args, "online", step), args)
-    return pairs_of_step
+    return lambda step: online_pairs(
+        start, step.minibatch(start.prompts), step.generator("online"), args)
 
 
-def iterative(policy, ref, tokenizer, prompts: list[str], judge, args):
-    """args.pairs fresh pairs at the first step of a round, kept in a file for the round's other steps."""
-    pairs = []
+def iterative(start, args):
+    """args.pairs fresh pairs at the first step of each round, used by all of its steps."""
+    round_steps = math.ceil(args.steps / args.rounds)
+    pairs: list = []
 
-    def pairs_of_step(step: int) -> list[dict]:
-        number, step_of_round = divmod(step - 1, args.round_steps)
+    def pairs_of(step):
+        """The step's minibatch; [] if all of the round's prompts were ties."""
+        nonlocal pairs
+        number, step_of_round = divmod(step.number - 1, round_steps)
         path = args.out / f"round-{number}.jsonl"
         if step_of_round == 0:
-            asked = [prompts[i % len(prompts)] for i in range(args.pairs)]
-            generator = run.generator(args, "round", number)
-            data.write_jsonl(path, online_pairs(policy, ref, tokenizer, asked, judge, generator, args))
-        if step_of_round == 0 or not pairs:
-            pairs[:] = data.read_rows(path)
-        return run.minibatch(pairs, args, step) if pairs else []  # [] if all of the round's prompts were ties
-    return pairs_of_step
+            asked = [start.prompts[i % len(start.prompts)] for i in range(args.pairs)]
+            pairs = online_pairs(start, asked, step.generator("round", number), args)
+            data.write_pairs(path, pairs)
+        elif not pairs:  # resumed inside a round, or the round had only ties
+            pairs = data.read_pairs(path)
+        return step.minibatch(pairs) if pairs else []
+    return pairs_of
 
 
-def online_pairs(policy, ref, tokenizer, prompts: list[str], judge, generator, args) -> list[dict]:
-    """Two fresh samples of the policy for each prompt, the better one chosen; the judge's ties are skipped."""
-    prompt_ids = [lm.encode_prompt(tokenizer, prompt) for prompt in prompts]
-    responses = lm.sample(policy, prompt_ids * 2, args.max_new_tokens, tokenizer.eos_token_id, generator)
-    rewards = judge(prompts * 2, [lm.decode(tokenizer, response) for response in responses])
-    n, pairs = len(prompts), []
-    for i, prompt in enumerate(prompt_ids):
-        if rewards[i] != rewards[i + n]:
-            chosen, rejected = (i, i + n) if rewards[i] > rewards[i + n] else (i + n, i)
-            pairs.append({"prompt": prompt, "chosen": responses[chosen], "rejected": responses[rejected]})
-    return lm.add_ref_logps(ref, pairs)
+def online_pairs(start, prompts, generator, args):
+    """Two samples of the policy for each prompt, the better one chosen; the judge's ties are left out."""
+    n = len(prompts)
+    prompt_ids, ids, texts = start.policy.respond(prompts * 2, args.max_new_tokens, generator)
+    rewards = start.label(prompts * 2, texts)
+    pairs = []
+    for i, j in zip(range(n), range(n, 2 * n)):  # the two responses to one prompt
+        if rewards[i] != rewards[j]:
+            winner, loser = (i, j) if rewards[i] > rewards[j] else (j, i)
+            pairs.append(data.Encoded(prompt_ids[i], ids[winner], ids[loser]))
+    return data.add_ref_logps(start.ref, pairs)
 
 
-# ---------------------------------------------------------------------------------------------------
-# training
+SOURCES = {"offline": offline, "online": online, "iterative": iterative}
 
 
-def train(policy, pairs_of_step, evaluate, args) -> None:
-    """Minimise a loss on the pairs that a source gives for each step: the one loop of all nine combinations.
+# ---- training
 
-    pairs_of_step: from offline, online or iterative above. evaluate: function policy -> metrics.
-    """
+def train(policy, pairs_of, evaluate, args) -> None:
+    """Minimise a loss on the pairs that a source gives: the one loop of all nine combinations."""
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
-    for step, metrics in run.loop(args, policy, optimizer, evaluate):
-        batch = pairs_of_step(step)  # the only difference between offline, online and iterative training
-        metrics["pairs"] = len(batch)
+    numbers = functools.partial(torch.tensor, device=policy.device)
+    for step in run.loop(args, policy, optimizer, evaluate):
+        # pairs: the only difference between offline, online and iterative training
+        batch = pairs_of(step)
         if not batch:  # every prompt was a tie: nothing to learn from
+            step.log(pairs=0)
             continue
 
-        # log-ratios; pi_ref's log-probs were taken when the pairs were made
-        chosen_logps, rejected_logps = lm.pair_logps(policy, batch)  # (B,), (B,)
-        ref_chosen_logps, ref_rejected_logps = lm.ref_logps(batch, policy.device)
-        chosen_logratio = chosen_logps - ref_chosen_logps
-        rejected_logratio = rejected_logps - ref_rejected_logps
-        metrics.update(train_chosen_logratio=chosen_logratio.detach().mean(),
-                       train_rejected_logratio=rejected_logratio.detach().mean(),
-                       tokens=sum(len(pair["chosen"]) + len(pair["rejected"]) for pair in batch))
-
-        # the loss, and one step down its gradient
+        # log-ratios h(y) = log pi(y|x)/pi_ref(y|x) of whole responses
+        chosen_logratio, rejected_logratio = policy.logratios(batch)  # (B,), (B,)
+        h_chosen, h_rejected = chosen_logratio, rejected_logratio
         if args.length_average:
-            chosen_lengths, rejected_lengths = lm.pair_lengths(batch, policy.device)
-            chosen_logratio, rejected_logratio = chosen_logratio / chosen_lengths, rejected_logratio / rejected_lengths
+            h_chosen = h_chosen / numbers([len(pair.chosen) for pair in batch])
+            h_rejected = h_rejected / numbers([len(pair.rejected) for pair in batch])
+
+        # the loss
         if args.loss == "dpo":
-            loss = dpo_loss(chosen_logratio, rejected_logratio, args.beta).mean()
+            loss = dpo_loss(h_chosen, h_rejected, args.beta).mean()
         elif args.loss == "ipo":
-            loss = ipo_loss(chosen_logratio, rejected_logratio, args.beta).mean()
-        else:
-            loss = bo2_loss(chosen_logps).mean()
-        metrics.update(loss=loss.detach(), grad_norm=run.update(policy, optimizer, loss, args))
+            loss = ipo_loss(h_chosen, h_rejected, args.beta).mean()
+        else:  # log pi = h + log pi_ref
+            loss = bo2_loss(h_chosen + numbers([pair.ref_chosen for pair in batch])).mean()
+
+        # update
+        loss.backward()
+        grad_norm = run.clip(policy, args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        step.log(loss=loss, grad_norm=grad_norm, pairs=len(batch),
+                 train_chosen_logratio=chosen_logratio.mean(),
+                 train_rejected_logratio=rejected_logratio.mean(),
+                 tokens=sum(len(pair.chosen) + len(pair.rejected) for pair in batch))
 
 
-def main(argv=None):
-    parser = run.parser(__doc__)
-    add = parser.add_argument_group("dpo.py").add_argument
-    add("--loss", choices=["dpo", "ipo", "bo2"], default="dpo", help="the loss on a pair (default dpo)")
-    add("--sampling", choices=["offline", "online", "iterative"], default="offline", help="where pairs come from: "
-        "offline, collected once from pi_ref; online, two fresh samples for each prompt in every step, labelled "
-        "by --judge; iterative, --pairs fresh pairs at the start of each round (default offline)")
+def main(argv=None, begin=data.start, source=None):
+    """The command. begin: args -> data.Start; source: another source of pairs than SOURCES has."""
+    parser, add = run.parser(__doc__)
+    add("--loss", choices=["dpo", "ipo", "bo2"], default="dpo", help="the loss (default dpo)")
+    add("--sampling", choices=SOURCES, default="offline", help="where pairs come from: offline, "
+        "collected once from pi_ref; online, two fresh samples for each prompt in every step, "
+        "labelled by --judge; iterative, --pairs fresh pairs at the start of each round (default "
+        "offline)")
     add("--rounds", type=int, default=4, help="rounds of iterative training (default 4)")
-    add("--length-average", action="store_true", help="IPO on log-ratios divided by the response's length")
-    args = run.parse(parser, argv)
+    add("--length-average", action="store_true", help="IPO on log-ratios divided by the length")
+    args = run.parse(parser, argv, lambda args: (
+        args.loss if args.sampling == "offline" else f"{args.sampling} {args.loss}"))
     if args.length_average and args.loss != "ipo":
-        parser.error(f"--length-average is an option of --loss ipo; --loss {args.loss} would ignore it")
+        parser.error(f"--length-average is an option of --loss ipo; --loss {args.loss} would "
+                     "ignore it")
     if args.sampling != "offline" and args.judge == "none":
-        parser.error(f"--sampling {args.sampling} needs --judge to label the policy's samples: golden, vader, or "
-                     "a directory with a reward model")
+        parser.error(f"--sampling {args.sampling} needs --judge to label the policy's samples: "
+                     "golden, vader, or a directory with a reward model")
     if args.sampling == "iterative" and not 1 <= args.rounds <= args.steps:
         parser.error(f"--rounds must be from 1 to --steps {args.steps}, got {args.rounds}")
-    args.round_steps = -(-args.steps // max(1, args.rounds))
 
     with run.precision(args):
-        s = set_up(args)
-        run.prepare(args, args.loss if args.sampling == "offline" else f"{args.sampling} {args.loss}")
-        # whoever labels the pairs, the task's own judges measure the outcome
-        evaluate = evaluator(args, s.ref, s.tokenizer, s.held_out_prompts, s.held_out, s.outcome, s.second)
-        if args.sampling == "offline":
-            source = offline(s.ref, s.pairs, args)
-        else:
-            source = (online if args.sampling == "online" else iterative)(
-                s.policy, s.ref, s.tokenizer, s.prompts, s.label, args)
-        train(s.policy, source, evaluate, args)
-        finish(args, s.policy, s.tokenizer, run.seconds(args))
+        start = begin(args)  # pi_ref, pairs, prompts, judges
+        run.prepare(args)
+        pairs_of = (source or SOURCES[args.sampling])(start, args)
+        train(start.policy, pairs_of, Evaluator(start, args), args)
+        finish(start, args)  # policy/, summary.json, curve.png
 
 
 if __name__ == "__main__":

@@ -9,31 +9,28 @@ random seed and the same opponent: pi_ref's responses. Training reads none of th
 """
 
 import argparse
+import dataclasses
+import functools
 import json
 import math
-import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
-import data
-import lm
+import run
 from judges import load_judge
-from run import precision
-from task import set_up
+from lm import LM, Refused
+from run import UserError
 
 # an algorithm has the same colour in every picture
-COLORS = {"hypo": "#c2410c", "dpo": "#1d4ed8", "ipo": "#0e7490", "bo2": "#6b7280", "online dpo": "#7c3aed",
-          "online ipo": "#be185d", "online bo2": "#111827", "iterative dpo": "#4d7c0f", "iterative ipo": "#a16207",
-          "iterative bo2": "#9a3412", "ppo": "#15803d", "rloo": "#0f766e"}
-
-# Student's t at 97.5 %, by degrees of freedom
-STUDENT_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26, 10: 2.23, 11: 2.20,
-              12: 2.18, 13: 2.16, 14: 2.14, 15: 2.13, 16: 2.12, 17: 2.11, 18: 2.10, 19: 2.09}
+COLORS = {"hypo": "#c2410c", "dpo": "#1d4ed8", "ipo": "#0e7490", "bo2": "#6b7280", "ppo": "#15803d",
+          "rloo": "#0f766e", "online dpo": "#7c3aed", "online ipo": "#be185d", "online bo2": "#111827",
+          "iterative dpo": "#4d7c0f", "iterative ipo": "#a16207", "iterative bo2": "#9a3412"}
 
 
-# ---------------------------------------------------------------------------------------------------
-# measures
+# ---- measures
 
 def win_rate(rewards, opponent_rewards) -> tuple[float, tuple[float, float]]:
     """Share of comparisons won, a tie counting one half, and its 95 % Wilson interval."""
@@ -49,334 +46,307 @@ def wilson_interval(wins: float, n: int, z: float = 1.96) -> tuple[float, float]
     return max(0.0, center - half), min(1.0, center + half)
 
 
-def estimate(values: list[float]) -> tuple[float, float, float]:
-    """(mean, half of Student's 95 % interval, standard error) over seeds; one seed has no interval."""
-    n = len(values)
-    mean = sum(values) / n
-    if n == 1:
-        return mean, math.nan, math.nan
-    error = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
-    return mean, STUDENT_95.get(n - 1, 1.96) * error, error
+@torch.no_grad()
+def implicit_reward_metrics(policy: LM, pairs, batch_size: int = 64) -> dict:
+    """How the implicit reward, proportional to log pi / pi_ref, sees held-out labelled pairs.
 
-
-def logratios(policy, pairs: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
-    """((N,), (N,)) log pi / pi_ref of the chosen and the rejected responses; pairs as from lm.add_ref_logps."""
-    chosen, rejected = lm.score_pairs(policy, pairs)
-    ref_chosen, ref_rejected = lm.ref_logps(pairs, chosen.device)
-    return chosen - ref_chosen, rejected - ref_rejected
-
-
-def implicit_reward_metrics(policy, pairs: list[dict]) -> dict:
-    """How the implicit reward, proportional to log pi / pi_ref, sees labelled pairs it was not trained on.
-
-    pairs: as from lm.add_ref_logps. Equal log-ratios count one half in the accuracy, so it is 1/2 at step 0.
+    Equal log-ratios count one half in the accuracy, so it is 1/2 at step 0.
     """
-    chosen, rejected = logratios(policy, pairs)
+    batches = [policy.logratios(pairs[i:i + batch_size]) for i in range(0, len(pairs), batch_size)]
+    chosen, rejected = (torch.cat(side) for side in zip(*batches))  # (N,), (N,)
     correct = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
     return {"accuracy": correct.mean().item(), "chosen_logratio": chosen.mean().item(),
             "rejected_logratio": rejected.mean().item()}
 
 
-def evaluator(args, ref, tokenizer, prompts: list[str], pairs: list[dict], judge, second=None,
-              more=lambda policy, rows: {}):
-    """The function evaluate(policy) -> metrics that a training run calls; see README for the glossary.
+@dataclasses.dataclass
+class Evaluator:
+    """evaluate(policy) -> metrics, on held-out prompts and pairs; docs/glossary.md explains each.
 
-    prompts: held-out prompt texts, cycled through to args.eval_samples. pairs: held-out, of token ids, the
-    first args.eval_samples are used. judge: from load_judge; without one (None) win rate and reward are None.
-    second: another judge of the same responses: what is true for both is less likely to be a trick that pleases
-    one. more: function (policy, the rows of responses.jsonl) -> further metrics.
-    Each call also leaves args.out/responses.jsonl and samples.md, to read while the run goes on.
+    Each call leaves the responses in args.out/responses.jsonl, to read while the run goes on.
     """
-    pairs = lm.add_ref_logps(ref, pairs[:args.eval_samples])
-    prompts = [prompts[i % len(prompts)] for i in range(args.eval_samples)]
-    prompt_ids = [lm.encode_prompt(tokenizer, prompt) for prompt in prompts]
+    start: Any  # data.Start; what pleases both of its judges is less likely to be a trick
+    args: argparse.Namespace
 
-    def respond(policy, seed: int) -> list[list[int]]:
-        generator = torch.Generator(policy.device).manual_seed(seed)
-        return lm.sample(policy, prompt_ids, args.max_new_tokens, tokenizer.eos_token_id, generator)
+    @functools.cached_property
+    def opponent(self) -> tuple[list[str], list[str], list]:
+        """(held-out prompts, pi_ref's responses, their rewards): the same for every policy."""
+        start, n = self.start, self.args.eval_samples
+        prompts = [start.held_out_prompts[i % len(start.held_out_prompts)] for i in range(n)]
+        generator = torch.Generator(self.args.device).manual_seed(1)
+        _, _, texts = start.ref.respond(prompts, self.args.max_new_tokens, generator)
+        return prompts, texts, start.outcome(prompts, texts) if start.outcome else [None] * n
 
-    def rewards_of(texts):
-        return judge(prompts, texts) if judge else [None] * len(texts)
-
-    opponent = [lm.decode(tokenizer, response) for response in respond(ref, seed=1)]
-    opponent_rewards = rewards_of(opponent)
-
-    def evaluate(policy) -> dict:
-        ids = respond(policy, seed=0)
-        texts = [lm.decode(tokenizer, response) for response in ids]
-        rewards = rewards_of(texts)
-        rate, interval = win_rate(rewards, opponent_rewards) if judge else (None, None)
-        reward_name = "golden_reward" if judge in (data.golden_judge, None) else "judge_reward"
-        rows = [dict(prompt=p, response=y, ref_response=z, reward=r, ref_reward=s) for p, y, z, r, s in
-                zip(prompts, texts, opponent, rewards, opponent_rewards)]
-        by_second = {}
-        if second:
-            values = second(prompts, texts)
-            second_rate, second_interval = win_rate(values, second(prompts, opponent))
-            by_second = {"second_win_rate": second_rate, "second_win_rate_ci": second_interval,
-                         "second_reward": sum(values) / len(values)}
-        data.write_jsonl(args.out / "responses.jsonl", rows)
-        write_samples(args.out / "samples.md", rows)
-        return {
-            "win_rate": rate, "win_rate_ci": interval,
-            reward_name: sum(rewards) / len(rewards) if judge else None,
-            **by_second,
-            "reverse_kl": lm.reverse_kl(policy, ref, prompt_ids, ids).mean().item(),
-            "response_length": sum(map(len, ids)) / len(ids),
-            **implicit_reward_metrics(policy, pairs),
-            **more(policy, rows),
-        }
-
-    return evaluate
+    def __call__(self, policy: LM) -> dict:
+        start, args, n = self.start, self.args, self.args.eval_samples
+        prompts, ref_texts, ref_rewards = self.opponent
+        generator = torch.Generator(args.device).manual_seed(0)  # the same numbers in every step
+        prompt_ids, responses, texts = policy.respond(prompts, args.max_new_tokens, generator)
+        rewards: list = [None] * n
+        metrics: dict = {"win_rate": None, "win_rate_ci": None, "golden_reward": None}
+        if start.outcome:
+            rewards = start.outcome(prompts, texts)
+            rate, interval = win_rate(rewards, ref_rewards)
+            reward = "golden_reward" if start.outcome.name == "golden" else "judge_reward"
+            metrics = {"win_rate": rate, "win_rate_ci": interval, reward: sum(rewards) / n}
+        if start.second:  # a judge that labels nothing
+            seconds = start.second(prompts, texts)
+            rate, interval = win_rate(seconds, start.second(prompts, ref_texts))
+            metrics |= {"second_win_rate": rate, "second_win_rate_ci": interval,
+                        "second_reward": sum(seconds) / n}
+        if start.held_out:  # whole batches, as pi_ref's log-probs were taken
+            metrics |= implicit_reward_metrics(policy, start.held_out[:-(-n // 64) * 64])
+        kl = policy.reverse_kl(start.ref, prompt_ids, responses)  # (n,) nats
+        metrics |= {"reverse_kl": kl.mean().item(), "response_length": sum(map(len, responses)) / n}
+        names = ("prompt", "response", "ref_response", "reward", "ref_reward")
+        rows = [dict(zip(names, row)) for row in zip(prompts, texts, ref_texts, rewards, ref_rewards)]
+        run.write_rows(args.out / "responses.jsonl", rows)
+        return metrics | (start.more(policy, rows) if start.more else {})
 
 
-# ---------------------------------------------------------------------------------------------------
-# what a run leaves behind
+# ---- what a run leaves behind
 
-def finish(args, policy, tokenizer, seconds: float) -> dict:
-    """policy/, summary.json and curve.png of a run whose training is done; prints its table, returns the summary."""
-    lines = read_metrics(args.out)
-    measured = {name: lines[-1].get(name) for name in (
-        "win_rate", "win_rate_ci", "golden_reward", "judge_reward", "second_win_rate", "second_win_rate_ci",
-        "second_reward", "reverse_kl", "response_length", "accuracy", "chosen_logratio", "rejected_logratio")}
+MEASURED = ("win_rate", "win_rate_ci", "golden_reward", "judge_reward", "second_win_rate",
+            "second_win_rate_ci", "second_reward", "reverse_kl", "response_length", "accuracy",
+            "chosen_logratio", "rejected_logratio")
+
+
+def finish(start, args) -> dict:
+    """policy/, summary.json, samples.md and curve.png of a trained run; returns the summary."""
+    lines, seconds = read_metrics(args.out), run.seconds(args)
+    measured = {name: lines[-1].get(name) for name in MEASURED}
     summary = {
-        "algorithm": args.algorithm, "model": args.model, "seed": args.seed, "steps": args.steps, "beta": args.beta,
+        **{name: getattr(args, name) for name in ("algorithm", "model", "seed", "steps", "beta")},
         **measured, "seconds": round(seconds, 1),
         "tokens_per_second": round(sum(line.get("tokens", 0) for line in lines) / seconds),
-        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
-    }
-    lm.save(policy, tokenizer, args.out / "policy", model_card(
-        args, "A policy for research on preference fine-tuning. It goes on where the prompt ends, and was measured on "
-        "the prompts of its own task only.", measured))
+        "pi_ref": start.ref.source, "judge": start.outcome and start.outcome.name,
+        "second_judge": start.second and start.second.name, "settings": run.settings(args)}
+    start.policy.save(args.out / "policy", model_card(
+        args, "A policy for research on preference fine-tuning. It goes on where the prompt ends, and "
+        "was measured on the prompts of its own task only.", measured))
     plot_curve(args.out, summary, lines)
-    data.write_text(args.out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_samples(args.out / "samples.md", run.read_rows(args.out / "responses.jsonl"))
+    run.write_text(args.out / "summary.json", json.dumps(summary, indent=1) + "\n")
     print(table([{"run": "pi_ref", **lines[0]}, {"run": args.algorithm, **lines[-1]}]))
-    print(f"\n{seconds:.0f} s of training; see {args.out}/curve.png, {args.out}/samples.md and the model in "
-          f"{args.out}/policy/")
+    print(f"\n{seconds:.0f} s of training; see {args.out}/curve.png, {args.out}/samples.md and the "
+          f"model in {args.out}/policy/")
     return summary
 
 
 def model_card(args, what: str, measured: dict) -> str:
-    """README.md of a saved model: what it is, how it was made, what was measured; its head is for model hubs."""
+    """README.md of a saved model: what it is, how it was made, what was measured."""
     base = "" if args.model == "tiny" or Path(args.model).is_dir() else f"base_model: {args.model}\n"
-    results = [f"| {name} | {value:.4g} |" for name, value in measured.items() if isinstance(value, float)]
-    settings = [f"| {name} | {value} |" for name, value in sorted(vars(args).items())
-                if value is not None and name not in ("out", "resume", "pi_ref")]
-    return "\n".join([
+    results = [f"| {name} | {x:.4g} |" for name, x in measured.items() if isinstance(x, float)]
+    settings = [f"| {name} | {x} |" for name, x in run.settings(args).items() if x is not None]
+    return "\n".join([  # the head, between dashes, is for model hubs
         f"---\nlibrary_name: transformers\n{base}tags: [{args.algorithm}, rlhf]\n---",
         f"# {args.algorithm} on {Path(args.model).name}", "", what, "",
         "| measured on held-out prompts | |", "| --- | ---: |", *results, "",
         "| setting | |", "| --- | --- |", *settings]) + "\n"
 
 
-def read_metrics(run) -> list[dict]:
+def read_metrics(directory) -> list[dict]:
     """The lines of a run's metrics.jsonl; line i is step i."""
-    try:
-        return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
-        raise ValueError(f"{run}: not a run, for it has no metrics.jsonl; name directories that hypo.py, dpo.py or "
-                         "rlhf.py wrote, such as runs/hypo") from None
+    path = Path(directory) / "metrics.jsonl"
+    if not path.exists():
+        raise UserError(f"{directory}: not a run, for it has no metrics.jsonl; name directories that "
+                        "hypo.py, dpo.py or rlhf.py wrote, such as runs/hypo")
+    return run.read_rows(path)
 
 
-def read_settings(run) -> dict:
-    """The settings of a finished run; {} while it is still going on."""
-    path = Path(run) / "summary.json"
-    return json.loads(path.read_text(encoding="utf-8"))["settings"] if path.exists() else {}
+def read_summary(directory) -> dict:
+    """summary.json of a finished run; {} while it is still going on."""
+    path = Path(directory) / "summary.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def write_samples(path, rows: list[dict], n: int = 12) -> None:
     """samples.md: the first responses, the reference's beside the policy's, with their rewards."""
-    cell = lambda text: text.strip().replace("|", "\\|").replace("\n", " ")  # noqa: E731
-    reward = lambda value: "" if value is None else f"{value:+.1f}"  # noqa: E731
     lines = ["| prompt | pi_ref | reward | policy | reward |", "| --- | --- | ---: | --- | ---: |"]
-    lines += [f"| {cell(row['prompt'])} | {cell(row['ref_response'])} | {reward(row['ref_reward'])} "
-              f"| {cell(row['response'])} | {reward(row['reward'])} |" for row in rows[:n]]
-    data.write_text(path, "\n".join(lines) + "\n")
+    for row in rows[:n]:
+        cells = [row[name] for name in ("prompt", "ref_response", "ref_reward", "response", "reward")]
+        texts = [f"{x:+.1f}" if isinstance(x, float) else (x or "").strip() for x in cells]
+        lines.append(f"| {' | '.join(t.replace('|', chr(92) + '|') for t in texts)} |".replace("\n", " "))
+    run.write_text(path, "\n".join(lines) + "\n")
+
+
+# a column of a table: the metrics that it shows, and their form
+COLUMNS: dict[str, tuple[list[str], str]] = {
+    "run": (["run"], "{}"), "step": (["step"], "{}"),
+    "win rate [95 % of sampling]": (
+        ["win_rate", "win_rate_ci"], "{0:.3f} [{1[0]:.3f}, {1[1]:.3f}]"),
+    "reward": (["golden_reward"], "{:+.2f}"), "judge's reward": (["judge_reward"], "{:+.2f}"),
+    "second judge's win rate": (["second_win_rate"], "{:.3f}"),
+    "reverse KL, nats": (["reverse_kl"], "{:.2f}"), "length": (["response_length"], "{:.1f}"),
+    "accuracy": (["accuracy"], "{:.3f}"), "log-ratio chosen / rejected": (
+        ["chosen_logratio", "rejected_logratio"], "{:+.1f} / {:+.1f}")}
 
 
 def table(rows: list[dict]) -> str:
-    """Measured rows as text: one line a run."""
-    columns = {
-        "run": lambda row: row["run"], "step": lambda row: f"{row['step']}",
-        "win rate [95 %]": lambda row: "{:.3f} [{:.3f}, {:.3f}]".format(row["win_rate"], *row["win_rate_ci"]),
-        "reward": lambda row: f"{row.get('golden_reward', row.get('judge_reward')):+.2f}",
-        "second judge's win rate": lambda row: f"{row.get('second_win_rate'):.3f}",
-        "reverse KL, nats": lambda row: f"{row['reverse_kl']:.2f}",
-        "length": lambda row: f"{row['response_length']:.1f}",
-        "accuracy": lambda row: f"{row['accuracy']:.3f}",
-        "log-ratio chosen / rejected": lambda row: f"{row['chosen_logratio']:+.1f} / {row['rejected_logratio']:+.1f}",
-    }
-
-    if not any(row.get("second_win_rate") is not None for row in rows):
-        del columns["second judge's win rate"]
-
-    def cell(form, row):
-        try:
-            return form(row)
-        except TypeError:  # a value is None: there was no judge
-            return "-"
-
-    return aligned([list(columns)] + [[cell(form, row) for form in columns.values()] for row in rows])
+    """Measured rows as text: one line a run, "-" where nothing was measured."""
+    optional = {"judge's reward", "second judge's win rate"}
+    shown = {header: column for header, column in COLUMNS.items() if header not in optional or any(
+        row.get(column[0][0]) is not None for row in rows)}
+    cells = [list(shown)]
+    for row in rows:
+        values = [([row.get(name) for name in names], form) for names, form in shown.values()]
+        cells.append(["-" if None in each else form.format(*each) for each, form in values])
+    return aligned(cells)
 
 
 def aligned(cells: list[list[str]]) -> str:
     """Rows of cells as lines of text, the columns below each other."""
     widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in cells)
+    lines = ["  ".join(text.ljust(n) for text, n in zip(row, widths)) for row in cells]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+# ---- pictures
+
+def panels(ylabels: list[str], xlabel: str, width: float = 4.5):
+    """(figure, axes): panels side by side."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * len(ylabels), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(ylabels), squeeze=False)[0]
+    for axis, ylabel in zip(axes, ylabels):
+        axis.set(xlabel=xlabel, ylabel=ylabel)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def line(axis, xs, ys, color: str, label: str = "", **how) -> None:
+    """A line with a dot a checkpoint, and its label at its end."""
+    axis.plot(xs, ys, color=color, **{"marker": "o", "markersize": 3, "lw": 1.2, **how})
+    axis.annotate(label, (xs[-1], ys[-1]), color=color, fontsize=9, xytext=(6, 0), va="center",
+                  textcoords="offset points", annotation_clip=False)
 
 
 def plot_curve(out, summary: dict, lines: list[dict]) -> None:
-    """curve.png of one run: win rate and reverse KL against the step; where a reward is learned, also both rewards."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    points = [line for line in lines if "reverse_kl" in line]
-    steps = [line["step"] for line in points]
-    color = COLORS.get(summary["algorithm"], "black")
-    has_proxy = "proxy_reward" in lines[-1] and summary["golden_reward"] is not None
-    figure, axes = plt.subplots(1, 2 + has_proxy, figsize=(4.5 * (2 + has_proxy), 3.4), layout="constrained")
-
-    def draw(axis, name, label):
-        axis.plot(steps, [line[name] for line in points], color=color, marker="o", markersize=3)
-        axis.set_ylabel(label)
-
-    if summary["win_rate"] is None:
-        draw(axes[0], "accuracy", "accuracy on held-out pairs")
-    else:
-        draw(axes[0], "win_rate", "win rate against pi_ref")
-        axes[0].fill_between(steps, *zip(*(line["win_rate_ci"] for line in points)), color=color, alpha=0.15, lw=0)
+    """curve.png of one run: win rate and KL against the step; with a learned reward, both rewards."""
+    points = [row for row in lines if "reverse_kl" in row]
+    steps, color = [row["step"] for row in points], COLORS.get(summary["algorithm"], "black")
+    judged, two = summary["win_rate"] is not None, summary.get("second_win_rate") is not None
+    learned = "proxy_reward" in lines[-1] and summary["golden_reward"] is not None
+    figure, axes = panels(["win rate against pi_ref" if judged else "accuracy on held-out pairs",
+                           "KL(policy || pi_ref), nats a sequence", *["mean reward"] * learned], "step")
+    first = [row["win_rate" if judged else "accuracy"] for row in points]
+    line(axes[0], steps, first, color, "first judge" * two)
+    if judged:
+        low, high = zip(*(row["win_rate_ci"] for row in points))
+        axes[0].fill_between(steps, low, high, color=color, alpha=0.15, lw=0)
         axes[0].axhline(0.5, color="gray", lw=0.8, ls=":")
-        if lines[-1].get("second_win_rate") is not None:
-            axes[0].plot(steps, [line["second_win_rate"] for line in points], color="gray", lw=1)
-            for name, ink in (("win_rate", color), ("second_win_rate", "gray")):
-                axes[0].annotate("first judge" if ink == color else "second", (steps[-1], points[-1][name]), color=ink,
-                                 xytext=(4, 0), textcoords="offset points", va="center")
-            axes[0].set_xlim(right=1.25 * steps[-1])
-    draw(axes[1], "reverse_kl", "KL(policy || pi_ref), nats a sequence")
-    if has_proxy:
-        draw(axes[2], "golden_reward", "mean reward")
-        learned = [line["proxy_reward"] for line in lines[1:]]
-        axes[2].plot(range(1, len(lines)), learned, color="gray", lw=1)
-        for name, y, ink in (("golden", points[-1]["golden_reward"], color), ("learned", learned[-1], "gray")):
-            axes[2].annotate(name, (steps[-1], y), color=ink, xytext=(4, 0), textcoords="offset points", va="center")
-        axes[2].set_xlim(right=1.2 * steps[-1])
-    for axis in axes:
-        axis.set_xlabel("step")
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{summary['algorithm']} on {Path(summary['model']).name}, beta {summary['beta']}, "
-                    f"seed {summary['seed']}", fontsize=10)
+    if two:
+        line(axes[0], steps, [row["second_win_rate"] for row in points], "gray", "second judge")
+    line(axes[1], steps, [row["reverse_kl"] for row in points], color)
+    if learned:  # the reward model's view is logged in every step
+        proxy = [row["proxy_reward"] for row in lines[1:]]
+        line(axes[2], steps, [row["golden_reward"] for row in points], color, "golden")
+        line(axes[2], range(1, len(lines)), proxy, "gray", "learned", marker="")
+    note = "; band: 95 % of sampling, not of seeds" * judged
+    figure.suptitle(f"{summary['algorithm']} on {Path(summary['model']).name}, beta "
+                    f"{summary['beta']}, seed {summary['seed']}{note}", fontsize=10)
     figure.savefig(Path(out) / "curve.png", dpi=130)
-    plt.close(figure)
 
 
 def plot_goodhart(runs: dict[str, list[dict]], names: dict[str, str], path) -> None:
-    """Win rate against KL: a line a run, a point a checkpoint, the last one labelled.
+    """Win rate against KL: a line a run, a dot a checkpoint, an arrow to the last; a panel a judge.
 
     runs: directory -> its metrics lines. names: directory -> its algorithm, which decides the colour.
     """
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    ends = {}  # label -> ends of its lines: runs of one algorithm share a label
-    for run, lines in runs.items():
-        points = [line for line in lines if line.get("win_rate") is not None]
-        x, y = [line["reverse_kl"] for line in points], [line["win_rate"] for line in points]
-        if not points:  # run without a judge: it has no win rate to draw
-            continue
-        alone = list(names.values()).count(names[run]) == 1
-        axis.plot(x, y, color=COLORS.get(names[run], "black"), marker="o", markersize=3, lw=1.2,
-                  alpha=1.0 if alone else 0.5)
-        ends.setdefault((Path(run).name if alone else names[run], names[run]), []).append((y[-1], x[-1]))
-    for (label, name), points in ends.items():
-        y, x = max(points)
-        axis.annotate(label, (x, y), color=COLORS.get(name, "black"), fontsize=10, xytext=(6, 4),
-                      textcoords="offset points", weight="bold")
-    axis.axhline(0.5, color="gray", lw=0.8, ls=":")
-    axis.set_xscale("function", functions=(lambda x: abs(x) ** 0.5, lambda x: x**2))
-    axis.margins(x=0.15)
-    axis.set_xlim(left=0)
-    axis.set_xlabel("KL(policy || pi_ref), nats a sequence (square-root scale)")
-    axis.set_ylabel("win rate against pi_ref")
-    axis.spines[["top", "right"]].set_visible(False)
+    two = any(row.get("second_win_rate") is not None for rows in runs.values() for row in rows)
+    labels = ["win rate against pi_ref", "the same by the second judge"][:1 + two]
+    figure, axes = panels(labels, "KL(policy || pi_ref), nats a sequence (square-root scale)", 6.0)
+    for axis, metric in zip(axes, ("win_rate", "second_win_rate")):
+        labelled: set[str] = set()  # runs of one algorithm share a label
+        for directory, rows in runs.items():
+            points = [row for row in rows if row.get(metric) is not None]
+            if not points:  # run without a judge: it has no win rate to draw
+                continue
+            name, alone = names[directory], list(names.values()).count(names[directory]) == 1
+            color, label = COLORS.get(name, "black"), Path(directory).name if alone else name
+            x, y = [row["reverse_kl"] for row in points], [row[metric] for row in points]
+            line(axis, x, y, color, "" if label in labelled else label, alpha=1 if alone else 0.5)
+            labelled.add(label)
+            if len(points) > 1:
+                axis.annotate("", (x[-1], y[-1]), (x[-2], y[-2]),
+                              arrowprops=dict(arrowstyle="->", color=color))
+        axis.axhline(0.5, color="gray", lw=0.8, ls=":")
+        axis.set_xscale("function", functions=(lambda x: abs(x) ** 0.5, lambda x: x**2))
+        axis.margins(x=0.15)
+        axis.set_xlim(left=0)
+        axis.sharey(axes[0])
+    figure.suptitle("a line a run, a dot a checkpoint, the arrow points to the last", fontsize=10)
     figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
-def against(run, opponent) -> tuple[float, float, float]:
-    """(win rate, its 95 % interval) of one run's responses over another's, by the rewards both were given."""
-    for path in (run, opponent):
+# ---- the command
+
+def against(directory, opponent) -> tuple[float, float, float]:
+    """(win rate, its 95 % interval) of one run's responses over another's, as they were judged."""
+    for path in (directory, opponent):
         read_metrics(path)  # says so if it is not a run
-    mine, theirs = (data.read_rows(Path(path) / "responses.jsonl") for path in (run, opponent))
+    mine, theirs = (run.read_rows(Path(path) / "responses.jsonl") for path in (directory, opponent))
     if [row["prompt"] for row in mine] != [row["prompt"] for row in theirs]:
-        raise ValueError(f"{run} and {opponent} were evaluated on different prompts; give both the same --data, "
-                         "--seed and --eval-samples")
+        raise UserError(f"{directory} and {opponent} were evaluated on different prompts; give both "
+                        "the same --data, --seed and --eval-samples")
     if any(row["reward"] is None for row in mine + theirs):
-        raise ValueError(f"{run} or {opponent} was run without a judge; run it with --judge")
-    rate, interval = win_rate([row["reward"] for row in mine], [row["reward"] for row in theirs])
-    return rate, *interval
+        raise UserError(f"{directory} or {opponent} was run without a judge; run it with --judge")
+    rate, (low, high) = win_rate([row["reward"] for row in mine], [row["reward"] for row in theirs])
+    return rate, low, high
 
 
-def measured_again(run, samples: int) -> dict:
-    """The last line of metrics.jsonl as it is with more responses of the saved policy, which run/again/ then holds."""
-    settings = read_settings(run)
-    if not settings:
-        raise ValueError(f"--samples: {run} is not finished, so there is no policy to measure again")
-    args = argparse.Namespace(**{**settings, "out": Path(run) / "again"})
-    with precision(args):
-        s = set_up(args)
-        args.eval_samples, learned = samples, Path(run) / "reward" / "model"
-        judge = s.outcome or (load_judge(str(learned), args.device) if learned.is_dir() else None)
-        evaluate = evaluator(args, s.ref, s.tokenizer, s.held_out_prompts, s.held_out, judge, s.second)
-        line = {"step": args.steps, **evaluate(lm.load(str(Path(run) / "policy"), device=args.device)[0])}
-    data.write_text(args.out / "metrics.jsonl", json.dumps(line) + "\n")
-    return line
-
-
-def mean_over_seeds(rows: list[dict]) -> dict:
-    """One row for runs that differ only in their seed: means, and Student's 95 % interval of the win rate."""
-    n = len(rows)
-    mean = {key: sum(row[key] for row in rows) / n for key, value in rows[0].items()
-            if isinstance(value, (int, float))}
-    if mean.get("win_rate") is not None:
-        _, half, _ = estimate([row["win_rate"] for row in rows])
-        mean["win_rate_ci"] = mean["win_rate"] - half, mean["win_rate"] + half
-    return {**rows[0], **mean, "step": rows[0]["step"], "run": f"{rows[0]['name']}, mean of {n} seeds"}
+def measured_again(directory, samples: int) -> dict:
+    """A finished run's last line with more responses, which directory/again/ then holds."""
+    summary, directory = read_summary(directory), Path(directory)
+    if not summary:
+        raise UserError(f"--samples: {directory} is not finished, so there is no policy to measure")
+    args = argparse.Namespace(
+        **{**summary["settings"], "eval_samples": samples, "out": directory / "again"})
+    prompts = dict.fromkeys(row["prompt"] for row in run.read_rows(directory / "responses.jsonl"))
+    names = [summary[role] or "none" for role in ("judge", "second_judge")]
+    try:  # a reward model that rlhf.py trained lies in the run's own directory
+        outcome, second = (load_judge(str(directory / name) if (directory / name).is_dir() else name,
+                                      args.device) for name in names)
+        ref = LM.load(summary["pi_ref"], args.device)
+        policy = LM.load(str(directory / "policy"), args.device)
+    except Refused as error:
+        raise UserError(f"--samples: {directory} cannot be measured again: {error}") from error
+    start = SimpleNamespace(ref=ref, held_out_prompts=list(prompts), held_out=[], outcome=outcome,
+                            second=second, more=None)
+    with run.precision(args):
+        measured = Evaluator(start, args)(policy)
+    run.write_rows(args.out / "metrics.jsonl", [{"step": args.steps, **measured}])
+    return measured
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="directories that hypo.py, dpo.py or rlhf.py wrote")
-    parser.add_argument("--against", metavar="RUN", help="also the win rate against this run's responses")
-    parser.add_argument("--samples", type=int, help="measure the saved policies again, on this many responses each")
-    parser.add_argument("--out", default="goodhart.png", help="the picture (default goodhart.png)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="directories that hypo.py, dpo.py or rlhf.py wrote")
+    add("--against", metavar="RUN", help="also the win rate against this run's responses")
+    add("--samples", type=int, help="measure the saved policies again, on so many responses each")
+    add("--out", default="goodhart.png", help="the picture (default goodhart.png)")
     args = parser.parse_args(argv)
-    runs = {run: read_metrics(run) for run in args.runs}
+    runs = {directory: read_metrics(directory) for directory in args.runs}
     if args.samples:
-        again = {run: measured_again(run, args.samples) for run in {**runs, args.against: None} if run}
-        for run, lines in runs.items():
-            lines[-1] = again[run]
-    rows, groups, names = [], {}, {}
-    for run, lines in runs.items():
-        settings = read_settings(run)
-        names[run] = settings.get("algorithm", Path(run).name)
-        last = next(line for line in reversed(lines) if "reverse_kl" in line)
-        rows.append({**last, "run": run, "name": names[run]})
-        same = {key: value for key, value in settings.items() if key not in ("seed", "out", "resume")}
-        groups.setdefault(json.dumps(same or run), []).append(rows[-1])
-    first = next(iter(runs.values()))[0]
-    print(table([{"run": "pi_ref", **first}, *rows, *(mean_over_seeds(g) for g in groups.values() if len(g) > 1)]))
-    for run in runs if args.against else ():
-        pair = [Path(path) / "again" if args.samples else path for path in (run, args.against)]
-        print("{} against {}: win rate {:.3f} [{:.3f}, {:.3f}]".format(run, args.against, *against(*pair)))
+        again = {name: measured_again(name, args.samples) for name in {*runs, args.against} if name}
+        for directory, lines in runs.items():
+            lines[-1] = {**lines[-1], **again[directory]}
+    names = {path: read_summary(path).get("algorithm", Path(path).name) for path in runs}
+    rows = [{"run": "pi_ref", **next(iter(runs.values()))[0]}]
+    for directory, lines in runs.items():  # the last evaluation: a run may be still going on
+        rows.append({**[row for row in lines if "reverse_kl" in row][-1], "run": directory})
+    print(table(rows))
+    for directory in runs:
+        if args.against not in (None, directory):
+            pair = [Path(p) / "again" if args.samples else p for p in (directory, args.against)]
+            rate, low, high = against(*pair)
+            print(f"{directory} against {args.against}: win rate {rate:.3f} [{low:.3f}, {high:.3f}]")
     plot_goodhart(runs, names, args.out)
-    print(f"\nwin rate against KL, a point a checkpoint: {args.out}")
+    print(f"\nwin rate against KL, a dot a checkpoint: {args.out}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    run.start(main)

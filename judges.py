@@ -1,117 +1,135 @@
-"""Judges: who says how good a response is. A function (prompts, responses) -> rewards, both lists of strings.
+"""Judges: who says how good a response is, see world.Judge.
 
-    golden    the true reward of the built-in world (data.py)
-    vader     the sentiment of the text by VADER's rated words and rules, log-odds (pip install vaderSentiment)
-    DIR       what the directory holds: judge.json, a bag of words (recipes/sentiment_judge.py makes one), or a
-              sequence-classification model: a reward model of rlhf.py, or any with one label or two
+    golden    the true reward of the built-in world (world.py)
+    vader     the text's sentiment by VADER's rated words, log-odds (pip install vaderSentiment)
+    DIR       what the directory holds: judge.json, a bag of words (recipes/sentiment_judge.py makes
+              one), or a sequence-classification model: a reward model of rlhf.py, or any with one
+              label or two
     none      nobody
 
-Any of them can label pairs or measure an outcome. A reward is a real number; where pairs are labelled at
-random, P(a beats b) = sigmoid(reward(a) - reward(b)). Each of these judges can be gamed: report a second one.
+Any of them can label pairs or measure an outcome. A reward is a real number; where pairs are labelled
+at random, P(a beats b) = sigmoid(reward(a) - reward(b)). Each can be gamed: report a second one.
 """
 
+import copy
 import json
 import math
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-import data
-import lm
+from lm import Refused, Scorer
+from world import Judge, golden_judge
 
 
-def load_judge(name: str, device: str = "cpu"):
-    """The judge of that name, see above; None for "none"."""
+def load_judge(name: str, device: str = "cpu") -> Judge | None:
+    """The judge of that name, see above; None for "none". Refused: with the reason."""
     if name in ("golden", "none"):
-        return data.golden_judge if name == "golden" else None
+        return golden_judge if name == "golden" else None
     if name == "vader":
-        return vader_judge()
+        return Judge(name, vader_rewards())
     if (Path(name) / "judge.json").exists():
-        return bag_of_words_judge(Path(name) / "judge.json")
+        return Judge(name, bag_of_words_rewards(Path(name) / "judge.json"))
     if not Path(name).is_dir():
-        raise ValueError(f"--judge {name}: neither golden, vader or none, nor a directory with a judge.json or a "
-                         "sequence-classification model")
+        raise Refused(f"{name} is neither golden, vader or none, nor a directory with a judge.json or "
+                      "a sequence-classification model")
+    if (Path(name) / "model" / "config.json").exists():  # runs/ppo/reward: its model is inside
+        raise Refused(f"{name} holds a run, not a model; did you mean {Path(name) / 'model'}?")
+    safe: Any = dict(trust_remote_code=False)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(name, **safe)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            name, dtype=torch.float32, use_safetensors=True, **safe)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--judge {name}: this holds neither a judge.json nor a sequence-classification model that "
-                         f"transformers can load ({str(error).partition(chr(10))[0]})") from None
-    model.eval().to(device)
-    if model.config.num_labels > 2:
-        raise ValueError(f"--judge {name}: a reward is one number, but this {type(model).__name__} has "
-                         f"{model.config.num_labels} labels; it needs one, or two of which the second is the good one")
-    if model.config.num_labels == 1 and hasattr(model, "score"):
-        return reward_model_judge(model, tokenizer)
-    return classifier_judge(model, tokenizer)
+        raise Refused(f"{name} holds neither a judge.json nor a sequence-classification model that "
+                      f"transformers can load ({str(error).partition(chr(10))[0]})") from None
+    labels = model.config.num_labels
+    if labels > 2:
+        raise Refused(f"{name}: a reward is one number, but this {type(model).__name__} has {labels} "
+                      "labels; it needs one, or two of which the second is the good one")
+    model = copy.deepcopy(model.eval()).to(device)  # out of the mapped file, as LM.load does it
+    if labels == 1 and hasattr(model, "score"):
+        return Judge(name, reward_model_rewards(Scorer(model, tokenizer)))
+    return Judge(name, classifier_rewards(model, tokenizer))
 
 
-def reward_model_judge(model, tokenizer):
-    """A decoder with one label: its score at the last token of prompt + response + EOS (found by length)."""
-    center = getattr(model.config, "reward_center", 0.0)  # rlhf.py writes both; other models have neither
-    bound = getattr(model.config, "reward_clip", None) or math.inf
+def reward_model_rewards(scorer: Scorer):
+    """A decoder with one label: its score at the last token of prompt + response + EOS."""
+    config, room = scorer.model.config, scorer.context_length
+    center = getattr(config, "reward_center", 0.0)  # rlhf.py writes both, other models have neither
+    bound = getattr(config, "reward_clip", None) or math.inf
+
+    def rewards_of(prompts: list[str], responses: list[str]) -> list[float]:
+        """See world.Judge. A prompt that is too long loses its start."""
+        response_ids = [scorer.encode_response(text, room - 1) for text in responses]
+        prompt_ids = [scorer.encode_prompt(text)[len(ids) - room:]
+                      for text, ids in zip(prompts, response_ids, strict=True)]
+        rewards = scorer.predict(prompt_ids, response_ids, 64) - center
+        return rewards.clamp(-bound, bound).tolist()
+
+    return rewards_of
+
+
+def classifier_rewards(model, tokenizer):
+    """Any other classifier: one label is the reward, of two the second's log-odds."""
+    context = getattr(model.config, "max_position_embeddings", None) or 10**9
+    longest = min(tokenizer.model_max_length, context)
+    can_pad = tokenizer.pad_token_id is not None and model.config.pad_token_id is not None
+    n = 64 if can_pad else 1  # texts in a batch
 
     @torch.no_grad()
-    def judge(prompts: list[str], responses: list[str], batch_size: int = 64) -> list[float]:
-        rewards, room = [], lm.context_length(model)
-        for i in range(0, len(prompts), batch_size):
-            response_ids = [lm.encode_response(tokenizer, text, room - 1) for text in responses[i:i + batch_size]]
-            prompt_ids = [lm.encode_prompt(tokenizer, text)[len(response) - room:]  # a long prompt loses its start
-                          for text, response in zip(prompts[i:i + batch_size], response_ids)]
-            rewards += (lm.final_scores(model, prompt_ids, response_ids) - center).clamp(-bound, bound).tolist()
-        return rewards
-
-    return judge
-
-
-def classifier_judge(model, tokenizer):
-    """Any other classifier, fed as its tokenizer feeds it: one label is the reward, of two the second's log-odds."""
-    @torch.no_grad()
-    def judge(prompts: list[str], responses: list[str], batch_size: int = 64) -> list[float]:
-        texts, rewards = [p + y for p, y in zip(prompts, responses, strict=True)], []
-        longest = min(tokenizer.model_max_length, lm.context_length(model))
-        can_pad = tokenizer.pad_token_id is not None and model.config.pad_token_id is not None
-        for i in range(0, len(texts), batch_size if can_pad else 1):
-            batch = tokenizer(texts[i:i + (batch_size if can_pad else 1)], return_tensors="pt", padding=can_pad,
-                              truncation=True, max_length=longest).to(model.device)
+    def rewards_of(prompts: list[str], responses: list[str]) -> list[float]:
+        """See world.Judge. Texts are fed as the classifier's tokenizer feeds them."""
+        rewards: list[float] = []
+        texts = [p + y for p, y in zip(prompts, responses, strict=True)]
+        for i in range(0, len(texts), n):
+            batch = tokenizer(texts[i:i + n], return_tensors="pt", padding=can_pad, truncation=True,
+                              max_length=longest).to(model.device)
             logits = model(**batch).logits.float()  # (b, 1) or (b, 2)
             rewards += (logits[:, -1] - (logits[:, 0] if logits.shape[1] == 2 else 0)).tolist()
         return rewards
 
-    return judge
+    return rewards_of
 
 
-def vader_judge():
-    """Log-odds of the compound score c: log((1 + c) / (1 - c)), for c in (-1, 1) is a probability's 2p - 1."""
+def vader_rewards():
+    """Log-odds of VADER's compound score c in (-1, 1): log((1 + c) / (1 - c)), c = 2 p - 1."""
     try:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     except ImportError:
-        raise ValueError("the judge vader is not installed; run: pip install vaderSentiment==3.3.2") from None
-    analyzer = SentimentIntensityAnalyzer()
+        raise Refused("the judge vader is not installed; run: pip install vaderSentiment==3.3.2"
+                      ) from None
+    score = SentimentIntensityAnalyzer().polarity_scores
 
-    def judge(prompts: list[str], responses: list[str]) -> list[float]:
-        compound = [analyzer.polarity_scores(p + y)["compound"] for p, y in zip(prompts, responses, strict=True)]
+    def rewards_of(prompts: list[str], responses: list[str]) -> list[float]:
+        """See world.Judge."""
+        compound = [score(p + y)["compound"] for p, y in zip(prompts, responses, strict=True)]
         return [2 * math.atanh(max(-0.9999, min(0.9999, c))) for c in compound]
 
-    return judge
+    return rewards_of
 
 
-def bag_of_words_judge(path):
-    """Log-odds that a text is positive, by logistic regression on the TF-IDF of its words and pairs of words.
+def bag_of_words_rewards(path):
+    """Log-odds that a text is positive: logistic regression on TF-IDF of words and pairs of words.
 
-    path: JSON with the regular expression of a word, the intercept, and [idf, weight] of every n-gram.
+    path: JSON with the regular expression of a word, the intercept, and [idf, weight] of an n-gram.
     """
     model = json.loads(Path(path).read_text(encoding="utf-8"))
     word, weights = re.compile(model["pattern"]), model["weights"]
 
     def log_odds(text: str) -> float:
+        """The intercept, and the weights of the text's n-grams by their share of its TF-IDF."""
         words = word.findall(text.lower())
-        counts = Counter(gram for gram in [*words, *map(" ".join, zip(words, words[1:]))] if gram in weights)
+        grams = [*words, *map(" ".join, zip(words, words[1:]))]
+        counts = Counter(gram for gram in grams if gram in weights)
         tfidf = {gram: n * weights[gram][0] for gram, n in counts.items()}
         norm = math.sqrt(sum(value * value for value in tfidf.values())) or 1.0
-        return model["intercept"] + sum(value * weights[gram][1] for gram, value in tfidf.items()) / norm
+        logit = sum(value * weights[gram][1] for gram, value in tfidf.items()) / norm
+        return model["intercept"] + logit
 
-    return lambda prompts, responses: [log_odds(p + y) for p, y in zip(prompts, responses, strict=True)]
+    return lambda prompts, responses: [
+        log_odds(p + y) for p, y in zip(prompts, responses, strict=True)]

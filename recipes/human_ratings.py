@@ -34,7 +34,7 @@ import zlib
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's own modules
-import data
+import run
 
 DOWNLOAD = "pip download --no-deps --no-binary vaderSentiment -d DATA vaderSentiment==3.3.2"
 INNER = "additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -134,8 +134,8 @@ def make(args):
                  "hold out fewer.")
     temporary = args.out.with_name(args.out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # what an interrupted run left
-    data.write_jsonl(temporary / "pairs.jsonl", train)
-    data.write_jsonl(temporary / "held_out_pairs.jsonl", held_out)
+    run.write_rows(temporary / "pairs.jsonl", train)
+    run.write_rows(temporary / "held_out_pairs.jsonl", held_out)
     temporary.rename(args.out)
     agree = statistics.fmean(pair["chosen_rating"] > pair["rejected_rating"] for pair in train)
     print(f"{args.out}: {len(rated)} rated texts; {len(train)} pairs to train on, {agree:.1%} of them labelled as "
@@ -166,9 +166,10 @@ def score(args):
     """Print the table: a line for each judge, for the ridge baseline and for one person against the majority."""
     from eval import wilson_interval
     from judges import load_judge
+    from lm import Refused
 
     try:
-        pairs, train = (data.read_rows(args.out / f"{name}.jsonl") for name in ("held_out_pairs", "pairs"))
+        pairs, train = (run.read_rows(args.out / f"{name}.jsonl") for name in ("held_out_pairs", "pairs"))
     except FileNotFoundError as error:
         sys.exit(f"{error.filename} is missing; make it first: python recipes/human_ratings.py {args.out} --archive "
                  f"FILE ({DOWNLOAD})")
@@ -176,8 +177,8 @@ def score(args):
     for name in args.score:
         try:
             results[name] = wins(load_judge(name, args.device), pairs)
-        except ValueError as error:
-            sys.exit(f"error: {error}")
+        except Refused as error:
+            sys.exit(f"error: --score {name}: {error}")
     try:
         results["ridge on the mean ratings"] = wins(ridge(train), pairs)
     except ImportError:

@@ -33,7 +33,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # sentiment_judge, also if this file is imported
 import sentiment_judge
 
-import data  # the project's own, by the path that sentiment_judge adds
+import run  # the project's own, by the path that sentiment_judge adds
 
 PROMPT_WORDS, SHORTEST, LONGEST = 8, 6, 18
 ABOUT = "Finish the first sentence of a film review, and be positive about the film."
@@ -85,11 +85,11 @@ def make(out, reviews, args):
 
     temporary = out.with_name(out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # what an interrupted run left
-    data.write_jsonl(temporary / "sft.jsonl", [{"prompt": prompt, "response": response} for prompt, response in sft])
-    data.write_jsonl(temporary / "prompts.jsonl", [{"prompt": prompt} for prompt, _ in prompts])
-    data.write_jsonl(temporary / "held_out_prompts.jsonl", [{"prompt": prompt} for prompt, _ in held_out])
+    run.write_rows(temporary / "sft.jsonl", [{"prompt": prompt, "response": response} for prompt, response in sft])
+    run.write_rows(temporary / "prompts.jsonl", [{"prompt": prompt} for prompt, _ in prompts])
+    run.write_rows(temporary / "held_out_prompts.jsonl", [{"prompt": prompt} for prompt, _ in held_out])
     sentiment_judge.write(temporary / "judge", judge)
-    data.write_text(temporary / "task.json",
+    run.write_text(temporary / "task.json",
                     json.dumps({"about": ABOUT, "label": "judge", "second": "vader"}, indent=2) + "\n")
     temporary.rename(out)
     print(f"{out}: {len(usable)} of {len(reviews)} reviews open with a sentence of the length; {len(sft)} SFT texts, "

@@ -10,8 +10,8 @@ holds all of it, readable without scikit-learn:
 
     {"about": ..., "pattern": regex, "intercept": b, "weights": {n-gram: [idf, weight]}}
 
-How a text is scored (bag_of_words_judge in judges.py): `pattern` finds the words of the lower-case text. Of these, and
-of the pairs of neighbours, those in `weights` are counted. Count x idf, scaled to length 1, is multiplied with the
+How a text is scored (bag_of_words_rewards in judges.py): `pattern` finds the words of the lower-case text. Of these,
+and of the pairs of neighbours, those in `weights` are counted. Count x idf, scaled to length 1, is multiplied with the
 weights, and the intercept added.
 
 The scale to length 1 matters: ten words share that length among fewer n-grams than two hundred do, so each of them
@@ -37,7 +37,7 @@ try:
     from sklearn.metrics import roc_auc_score
     from threadpoolctl import threadpool_limits  # comes with scikit-learn
 
-    import data
+    import run
 except ImportError as error:
     sys.exit(f"{error.name} is missing or too old; run: {PIP}")
 
@@ -84,12 +84,15 @@ def fit_model(texts, labels):
         return vectorizer, LogisticRegression(C=C, max_iter=1000).fit(vectorizer.fit_transform(texts), labels)
 
 
+def nine_digits(number):
+    return float(f"{number:.9g}")
+
+
 def as_json(vectorizer, model, about):
     """What judge.json holds: the two as plain numbers, of nine digits."""
-    digits = lambda number: float(f"{number:.9g}")  # noqa: E731
-    weights = {ngram: [digits(vectorizer.idf_[column]), digits(model.coef_[0, column])]
+    weights = {ngram: [nine_digits(vectorizer.idf_[column]), nine_digits(model.coef_[0, column])]
                for ngram, column in sorted(vectorizer.vocabulary_.items())}
-    return {"about": about, "pattern": PATTERN, "intercept": digits(model.intercept_[0]), "weights": weights}
+    return {"about": about, "pattern": PATTERN, "intercept": nine_digits(model.intercept_[0]), "weights": weights}
 
 
 def fit(texts, labels):
@@ -110,7 +113,7 @@ def fit_and_measure(reviews):
 
 def write(directory, judge):
     """DIR/judge.json; on one line, for it would be 120,000 lines if indented."""
-    data.write_text(Path(directory) / "judge.json", json.dumps(judge, ensure_ascii=False) + "\n")
+    run.write_text(Path(directory) / "judge.json", json.dumps(judge, ensure_ascii=False) + "\n")
 
 
 def main():

@@ -1,4 +1,4 @@
-"""What the tests share: fixtures of tiny random language models, and hypothesis profiles."""
+"""What the tests share: fixtures of tiny random policies, and hypothesis profiles."""
 
 import os
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import settings
 
-import data
 import fast
 import lm
+import world
 from models import random_gpt2
 
 # CI draws the same examples each time; `HYPOTHESIS_PROFILE=thorough pytest` draws many new ones
@@ -32,23 +32,19 @@ def policy():
 
 @pytest.fixture
 def ref():
-    return lm.frozen_copy(random_gpt2(11, seed=2))
+    return random_gpt2(11, seed=2).frozen_copy()
 
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory):
     """A transformers directory with the world's word tokenizer and random weights, for the commands."""
     directory = tmp_path_factory.mktemp("model") / "random"
-    tokenizer = lm.word_tokenizer([text for pair in data.sft_corpus(2000) for text in pair])
-    model = random_gpt2(len(tokenizer), dtype=torch.float32)
-    lm.save(model, tokenizer, directory)
+    tokenizer = lm.word_tokenizer([text for pair in world.sft_corpus(2000) for text in pair])
+    random_gpt2(tokenizer, dtype=torch.float32).save(directory)
     return directory
 
 
-@pytest.fixture(scope="module", params=["fast", "plain"])
-def both_forms(request):
-    """A module's tests run twice: with fast.py where it knows the model, and with lm.py's plain forms alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "plain":
-            patch.setattr(fast, "knows", lambda model: False)
-        yield
+@pytest.fixture(scope="module", params=[fast.FastLM, lm.LM], ids=["fast", "plain"])
+def kind(request):
+    """A test that asks for it runs twice: with fast.py, and with the plain forms of lm.py."""
+    return request.param

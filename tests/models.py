@@ -1,16 +1,35 @@
-"""Tiny random language models for the tests, made from a config."""
+"""Tiny random policies for the tests, made from a config."""
+
+import functools
+import itertools
+import string
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+import fast
+import lm
 
-def random_gpt2(vocab_size: int, positions: int = 64, seed: int = 0, dtype=torch.float64, dropout: float = 0.1):
-    """A GPT-2 with random weights, large enough to be far from uniform, in train mode with dropout configured."""
+
+@functools.cache
+def letters(n: int):
+    """A tokenizer of n tokens: EOS = 0, and words of two letters."""
+    words = map("".join, itertools.product(string.ascii_lowercase, repeat=2))
+    return lm.word_tokenizer(list(itertools.islice(words, n - 1)))
+
+
+def random_gpt2(vocabulary, positions: int = 64, seed: int = 0, dtype=torch.float64, dropout: float = 0.1,
+                kind=fast.FastLM):
+    """A policy whose GPT-2 has random weights, large enough to be far from uniform, and dropout configured.
+
+    vocabulary: a tokenizer, or a number of tokens. kind: lm.LM or fast.FastLM.
+    """
+    tokenizer = letters(vocabulary) if isinstance(vocabulary, int) else vocabulary
     torch.manual_seed(seed)
     model = GPT2LMHeadModel(GPT2Config(
-        vocab_size=vocab_size, n_positions=positions, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0,
-        initializer_range=0.4, resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout))
-    return model.to(dtype).train()
+        vocab_size=len(tokenizer), n_positions=positions, n_embd=16, n_layer=2, n_head=2, bos_token_id=0,
+        eos_token_id=0, initializer_range=0.4, resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout))
+    return kind(model.to(dtype), tokenizer)
 
 
 # What sets an architecture apart from the others here, beside its layers.
@@ -28,14 +47,23 @@ ARCHITECTURES = {
 TOLERANCE = {name: 1e-10 if name in ("gpt2", "gpt_neox") else 1e-5 for name in ARCHITECTURES}
 
 
-def random_model(architecture: str, vocab_size: int, seed: int = 0, dtype=torch.float64):
+def random_model(architecture: str, vocabulary, seed: int = 0, dtype=torch.float64, kind=fast.FastLM):
     """The same for any of ARCHITECTURES: EOS = 0 and no pad token, context of 64 tokens."""
     if architecture == "gpt2":
-        return random_gpt2(vocab_size, seed=seed, dtype=dtype)
+        return random_gpt2(vocabulary, seed=seed, dtype=dtype, kind=kind)
+    tokenizer = letters(vocabulary) if isinstance(vocabulary, int) else vocabulary
     torch.manual_seed(seed)
     grouped = {} if architecture == "gpt_neox" else dict(num_key_value_heads=1, head_dim=8)
     config = AutoConfig.for_model(
-        architecture, vocab_size=vocab_size, max_position_embeddings=64, hidden_size=16, intermediate_size=32,
+        architecture, vocab_size=len(tokenizer), max_position_embeddings=64, hidden_size=16, intermediate_size=32,
         num_hidden_layers=2, num_attention_heads=2, initializer_range=0.4, bos_token_id=0, eos_token_id=0,
         pad_token_id=None, **grouped, **ARCHITECTURES[architecture])
-    return AutoModelForCausalLM.from_config(config).to(dtype).train()
+    return kind(AutoModelForCausalLM.from_config(config).to(dtype), tokenizer)
+
+
+def gradient(loss, policy) -> torch.Tensor:
+    """The gradient as one vector, zeros where there is none; the graph is kept."""
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    grads = iter(torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True, materialize_grads=True))
+    return torch.cat([(next(grads) if p.requires_grad else torch.zeros_like(p)).flatten()
+                      for p in policy.parameters()])

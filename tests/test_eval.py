@@ -1,27 +1,33 @@
-"""Laws of eval.py: win rates and their intervals, accuracy, judges, what an evaluation leaves, tables and pictures."""
+"""Laws of eval.py: win rates and their intervals, accuracy, what an evaluation leaves, tables, pictures, runs asked."""
 
 import copy
 import itertools
 import json
 import math
+import shutil
+from argparse import Namespace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
+from test_data import FAST, write_task
 
 import data
+import dpo
+import eval
+import hypo
 import lm
+import rlhf
+import world
 from eval import (
-    STUDENT_95,
+    Evaluator,
     against,
-    evaluator,
     finish,
     implicit_reward_metrics,
     main,
-    mean_over_seeds,
     plot_curve,
     plot_goodhart,
     read_metrics,
@@ -29,7 +35,9 @@ from eval import (
     wilson_interval,
     win_rate,
 )
-from judges import load_judge
+from lm import LM
+from run import UserError, read_rows, write_rows, write_text
+from world import Judge, golden_reward
 
 PNG = b"\x89PNG\r\n\x1a\n"
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
@@ -41,6 +49,7 @@ comparisons = st.lists(st.tuples(rewards, rewards), min_size=1, max_size=60)
 # ---------------------------------------------------------------------------------------------------
 # win rate and Wilson's interval
 
+@pytest.mark.law
 @given(comparisons)
 def test_win_rates_of_both_sides_add_to_one(rows):
     ours, theirs = zip(*rows)
@@ -50,6 +59,7 @@ def test_win_rates_of_both_sides_add_to_one(rows):
     assert (low, high) == pytest.approx((1 - other_high, 1 - other_low), abs=1e-12), "the interval is the mirror image"
 
 
+@pytest.mark.law
 def test_a_tie_counts_one_half():
     assert win_rate([1, 2, 3, 4], [1, 1, 4, 4])[0] == 0.5  # tie, win, loss, tie
     assert win_rate([1, 2, 3], [1, 1, 3])[0] == 2 / 3
@@ -58,10 +68,12 @@ def test_a_tie_counts_one_half():
         win_rate([1, 2], [1])
 
 
+@pytest.mark.law
 def test_the_win_rate_comes_with_the_interval_of_its_wins():
     assert win_rate([1] * 8 + [0] * 2, [0] * 8 + [1] * 2) == (0.8, wilson_interval(8, 10))
 
 
+@pytest.mark.law
 @given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, 2 * n), st.just(n))))
 def test_the_interval_stays_inside_0_1_and_contains_the_estimate(case):
     wins, n = case[0] / 2, case[1]
@@ -70,12 +82,17 @@ def test_the_interval_stays_inside_0_1_and_contains_the_estimate(case):
     assert low - 1e-12 <= wins / n <= high + 1e-12, f"{wins} of {n}: {wins / n} in [{low}, {high}]"
 
 
+@pytest.mark.law
 @given(st.integers(0, 20), st.integers(1, 30))
 def test_the_interval_shrinks_with_n(tenths, n):
-    width = lambda n: (lambda low, high: high - low)(*wilson_interval(tenths / 20 * n, n))  # noqa: E731
+    def width(n):
+        low, high = wilson_interval(tenths / 20 * n, n)
+        return high - low
+
     assert width(4 * n) < width(n), f"share {tenths / 20}: width {width(4 * n)} at {4 * n}, {width(n)} at {n}"
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("wins, n, z, low, high", [
     # by hand, z = 2: (wins + 2 +- 2 sqrt(wins (n - wins) / n + 1)) / (n + 4)
     (6, 12, 2, (8 - 4) / 16, (8 + 4) / 16),
@@ -97,11 +114,13 @@ def mean_coverage(interval, n: int) -> float:
                for p in grid for k in range(n + 1) if intervals[k][0] <= p <= intervals[k][1]) / len(grid)
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("n", [10, 40, 200])
 def test_the_interval_covers_the_truth_95_times_in_100(n):
     assert mean_coverage(wilson_interval, n) == pytest.approx(0.95, abs=0.007)
 
 
+@pytest.mark.law
 def test_the_coverage_law_has_teeth():
     def wald(wins, n):  # the interval of the first textbook: wins/n +- z sd
         half = 1.96 * math.sqrt(wins * (n - wins) / n) / n
@@ -116,28 +135,17 @@ def test_the_coverage_law_has_teeth():
 
 PROMPTS = ["The plot was", "The acting felt", "The plot felt"]
 TEXTS = [" superb.", " dull.", " never dull.", " superb superb dull", " plot."]
-PAIRS = [{"prompt": PROMPTS[i % 3], "chosen": chosen, "rejected": rejected}
+PAIRS = [data.Pair(PROMPTS[i % 3], chosen, rejected, "here")
          for i, (chosen, rejected) in enumerate(itertools.combinations(TEXTS, 2))][:9]  # odd: accuracy is not 1/2
 
 
-def random_model(kind, seed: int, vocab_size: int, **settings):
-    """A GPT-2 with weights far from 0, so that its outputs are far from uniform."""
-    torch.manual_seed(seed)
-    model = kind(GPT2Config(vocab_size=vocab_size, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=0,
-                            eos_token_id=0, **settings))
-    for weight in model.parameters():
+@pytest.fixture(scope="module")
+def ref():
+    """With weights far from 0, so that its outputs are far from uniform."""
+    policy = LM.untrained([*PROMPTS, " superb never dull. plot"], layers=2, width=16, heads=2, positions=32, seed=0)
+    for weight in policy.parameters():
         torch.nn.init.normal_(weight, std=0.3)
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return lm.word_tokenizer([*PROMPTS, " superb never dull. plot"])
-
-
-@pytest.fixture(scope="module")
-def ref(tokenizer):
-    return lm.frozen_copy(random_model(GPT2LMHeadModel, 0, len(tokenizer)))
+    return policy.frozen_copy()
 
 
 @pytest.fixture(scope="module")
@@ -151,35 +159,38 @@ def policy(ref):
 
 
 @pytest.fixture(scope="module")
-def pairs(ref, tokenizer):
-    return lm.add_ref_logps(ref, lm.encode_pairs(ref, tokenizer, PAIRS, max_new_tokens=8))
+def pairs(ref):
+    return data.add_ref_logps(ref, data.encode(ref, PAIRS, max_new_tokens=8))
 
 
-def swapped(pairs: list[dict]) -> list[dict]:
+def swapped(pairs: list[lm.Encoded]) -> list[lm.Encoded]:
     """The pairs with every label turned round."""
-    other = {"chosen": "rejected", "rejected": "chosen", "ref_chosen": "ref_rejected", "ref_rejected": "ref_chosen"}
-    return [{other.get(name, name): value for name, value in pair.items()} for pair in pairs]
+    return [lm.Encoded(pair.prompt, pair.rejected, pair.chosen, pair.ref_rejected, pair.ref_chosen) for pair in pairs]
 
 
+@pytest.mark.law
 def test_pi_ref_is_right_half_the_time_exactly(ref, pairs):
     trainable = copy.deepcopy(ref).train()  # dropout is configured, and must be off
-    assert ref.config.resid_pdrop > 0
+    assert ref.model.config.resid_pdrop > 0
     assert implicit_reward_metrics(trainable, pairs) == {
         "accuracy": 0.5, "chosen_logratio": 0.0, "rejected_logratio": 0.0}
 
 
+@pytest.mark.law
 def test_accuracy_and_log_ratios_are_those_of_the_pairs_one_by_one(policy, ref, pairs):
-    def logratio(pair, field):
-        row = [pair["prompt"]], [pair[field]]
-        return (lm.logps(policy, *row) - lm.logps(ref, *row)).item()
+    def logratio(pair, response):
+        return (policy.logps([pair.prompt], [response]) - ref.logps([pair.prompt], [response])).item()
 
-    chosen, rejected = ([logratio(pair, field) for pair in pairs] for field in ("chosen", "rejected"))
+    chosen = [logratio(pair, pair.chosen) for pair in pairs]
+    rejected = [logratio(pair, pair.rejected) for pair in pairs]
     n = len(pairs)
     expected = {"accuracy": sum(c > r for c, r in zip(chosen, rejected)) / n,
                 "chosen_logratio": sum(chosen) / n, "rejected_logratio": sum(rejected) / n}
     assert implicit_reward_metrics(policy, pairs) == pytest.approx(expected, abs=1e-5)
+    assert implicit_reward_metrics(policy, pairs, batch_size=4) == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.law
 def test_turning_labels_round_turns_accuracy_round(policy, pairs):
     straight, turned = implicit_reward_metrics(policy, pairs), implicit_reward_metrics(policy, swapped(pairs))
     assert turned["accuracy"] == pytest.approx(1 - straight["accuracy"], abs=1e-6)
@@ -189,41 +200,50 @@ def test_turning_labels_round_turns_accuracy_round(policy, pairs):
 # ---------------------------------------------------------------------------------------------------
 # evaluator
 
-def settings(out, **changes):
-    return SimpleNamespace(**{"eval_samples": 40, "max_new_tokens": 6, "out": out, **changes})
+
+def starting(policy, ref, pairs, judge=world.golden_judge, **more) -> data.Start:
+    return data.Start(**{**dict(policy=policy, ref=ref, pairs=[], prompts=[], held_out=pairs, held_out_prompts=PROMPTS,
+                                label=None, outcome=judge, second=None), **more})
 
 
-def evaluation(out, ref, tokenizer, pairs, judge=data.golden_judge, **changes):
-    out.mkdir(exist_ok=True)
-    return evaluator(settings(out, **changes), ref, tokenizer, PROMPTS, pairs, judge)
+def evaluation(out, ref, pairs, judge=world.golden_judge, device="cpu", **more) -> Evaluator:
+    args = Namespace(eval_samples=40, max_new_tokens=6, out=out, device=device)
+    return Evaluator(starting(None, ref, pairs, judge, **more), args)
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("device", DEVICES)
-def test_at_step_0_every_kl_and_log_ratio_is_exactly_0(device, tmp_path, ref, tokenizer, pairs):
+def test_at_step_0_every_kl_and_log_ratio_is_exactly_0(device, tmp_path, ref, pairs):
     ref = copy.deepcopy(ref).to(device)
-    pairs = lm.add_ref_logps(ref, pairs)
-    metrics = evaluation(tmp_path, ref, tokenizer, pairs)(copy.deepcopy(ref).train())
+    pairs = data.add_ref_logps(ref, pairs)
+    metrics = evaluation(tmp_path, ref, pairs, device=device)(copy.deepcopy(ref).train())
     measured = {name: metrics[name] for name in ("reverse_kl", "accuracy", "chosen_logratio", "rejected_logratio")}
     assert measured == {"reverse_kl": 0.0, "accuracy": 0.5, "chosen_logratio": 0.0, "rejected_logratio": 0.0}
     low, high = metrics["win_rate_ci"]
     assert low < 0.5 < high, f"pi_ref against itself: 1/2 in [{low}, {high}]"
-    rows = data.read_rows(tmp_path / "responses.jsonl")
+    rows = read_rows(tmp_path / "responses.jsonl")
     assert [row["response"] for row in rows] != [row["ref_response"] for row in rows], "samples of their own, not ties"
 
 
-def test_metrics_are_those_of_the_files_that_an_evaluation_leaves(tmp_path, policy, ref, tokenizer, pairs):
-    metrics = evaluation(tmp_path, ref, tokenizer, pairs)(policy)
-    rows = data.read_rows(tmp_path / "responses.jsonl")
+@pytest.mark.law
+def test_metrics_are_those_of_the_file_that_an_evaluation_leaves(tmp_path, policy, ref, pairs):
+    metrics = evaluation(tmp_path, ref, pairs)(policy)
+    rows = read_rows(tmp_path / "responses.jsonl")
     assert [row["prompt"] for row in rows] == [PROMPTS[i % 3] for i in range(40)], "prompts in turn to --eval-samples"
     for row in rows:
-        assert row["reward"] == data.golden_reward(row["prompt"], row["response"])
-        assert row["ref_reward"] == data.golden_reward(row["prompt"], row["ref_response"])
+        assert row["reward"] == golden_reward(row["prompt"], row["response"])
+        assert row["ref_reward"] == golden_reward(row["prompt"], row["ref_response"])
     mine, theirs = ([row[name] for row in rows] for name in ("reward", "ref_reward"))
     assert (metrics["win_rate"], metrics["win_rate_ci"]) == win_rate(mine, theirs)
     assert len(set(mine)) > 1 and metrics["golden_reward"] == pytest.approx(sum(mine) / 40)
     assert metrics["reverse_kl"] > 0.1, "the policy was moved away from pi_ref"
     assert 1 <= metrics["response_length"] <= 6
 
+
+def test_samples_are_shown_beside_the_references(tmp_path, policy, ref, pairs):
+    evaluation(tmp_path, ref, pairs)(policy)
+    rows = read_rows(tmp_path / "responses.jsonl")
+    eval.write_samples(tmp_path / "samples.md", rows)
     lines = (tmp_path / "samples.md").read_text().splitlines()
     assert len(lines) == 2 + 12 and all(line.count("|") == 6 for line in lines)
     for line, row in zip(lines[2:], rows):
@@ -232,119 +252,63 @@ def test_metrics_are_those_of_the_files_that_an_evaluation_leaves(tmp_path, poli
             row["response"].strip(), f"{row['reward']:+.1f}"]
 
 
-def test_an_evaluation_is_repeatable_and_leaves_the_policy_and_the_random_state_alone(
-        tmp_path, policy, ref, tokenizer, pairs):
-    evaluate = evaluation(tmp_path, ref, tokenizer, pairs)
-    policy = copy.deepcopy(policy).train()
+@pytest.mark.law
+def test_an_evaluation_is_repeatable_and_leaves_the_policy_and_the_random_state_alone(tmp_path, policy, ref, pairs):
+    evaluate, file = evaluation(tmp_path, ref, pairs), tmp_path / "responses.jsonl"
+    policy = copy.deepcopy(policy)
     weights = copy.deepcopy(policy.state_dict())
-    first, files = evaluate(policy), [(tmp_path / name).read_bytes() for name in ("responses.jsonl", "samples.md")]
-    opponents = [row["ref_response"] for row in data.read_rows(tmp_path / "responses.jsonl")]
+    first, left = evaluate(policy), file.read_bytes()
+    opponents = [row["ref_response"] for row in read_rows(file)]
 
     assert evaluate(ref) != first
-    assert [row["ref_response"] for row in data.read_rows(tmp_path / "responses.jsonl")] == opponents, (
+    assert [row["ref_response"] for row in read_rows(file)] == opponents, (
         "every policy of a run meets the same responses of pi_ref")
     torch.rand(3)  # the random state of others does not matter, and is not moved
     state = torch.get_rng_state()
     assert evaluate(policy) == first
     assert torch.equal(torch.get_rng_state(), state)
-    assert [(tmp_path / name).read_bytes() for name in ("responses.jsonl", "samples.md")] == files
-    assert policy.training and all(torch.equal(weights[name], now) for name, now in policy.state_dict().items())
+    assert file.read_bytes() == left
+    assert all(torch.equal(weights[name], now) for name, now in policy.state_dict().items())
+    assert all(weight.requires_grad and weight.grad is None for weight in policy.parameters())
 
 
-def test_without_a_judge_there_is_no_win_rate_but_the_rest_is_the_same(tmp_path, policy, ref, tokenizer, pairs):
-    judged = evaluation(tmp_path / "judged", ref, tokenizer, pairs)(policy)
-    metrics = evaluation(tmp_path / "plain", ref, tokenizer, pairs, judge=None)(policy)
+@pytest.mark.law
+def test_without_a_judge_there_is_no_win_rate_but_the_rest_is_the_same(tmp_path, policy, ref, pairs):
+    judged = evaluation(tmp_path / "judged", ref, pairs)(policy)
+    metrics = evaluation(tmp_path / "blind", ref, pairs, judge=None)(policy)
     assert metrics == {**judged, "win_rate": None, "win_rate_ci": None, "golden_reward": None}
-    assert all(row["reward"] is row["ref_reward"] is None
-               for row in data.read_rows(tmp_path / "plain" / "responses.jsonl"))
-    assert "None" not in (tmp_path / "plain" / "samples.md").read_text()
+    rows = read_rows(tmp_path / "blind" / "responses.jsonl")
+    assert all(row["reward"] is row["ref_reward"] is None for row in rows)
+    eval.write_samples(tmp_path / "samples.md", rows)
+    assert "None" not in (tmp_path / "samples.md").read_text()
 
 
-def test_another_judge_decides_and_its_reward_has_its_own_name(tmp_path, policy, ref, tokenizer, pairs):
-    def judge(prompts, responses):  # of both texts, so that a response judged with another's prompt is noticed
-        return [float(len(prompt) - len(response)) for prompt, response in zip(prompts, responses, strict=True)]
+def by_length(prompts, responses):  # of both texts, so that a response judged with another's prompt is noticed
+    return [float(len(prompt) - len(response)) for prompt, response in zip(prompts, responses, strict=True)]
 
-    metrics = evaluation(tmp_path, ref, tokenizer, pairs, judge=judge)(policy)
-    rows = data.read_rows(tmp_path / "responses.jsonl")
+
+@pytest.mark.law
+def test_another_judge_decides_and_its_reward_has_its_own_name(tmp_path, policy, ref, pairs):
+    metrics = evaluation(tmp_path, ref, pairs, judge=Judge("by length", by_length))(policy)
+    rows = read_rows(tmp_path / "responses.jsonl")
     for row in rows:
         assert row["reward"] == len(row["prompt"]) - len(row["response"])
         assert row["ref_reward"] == len(row["prompt"]) - len(row["ref_response"])
     assert metrics["judge_reward"] == pytest.approx(sum(row["reward"] for row in rows) / len(rows))
-    assert "golden_reward" not in metrics
+    assert "golden_reward" not in metrics or metrics["golden_reward"] is None
 
 
-# ---------------------------------------------------------------------------------------------------
-# judges
-
-@pytest.fixture(scope="module")
-def judge_dir(tokenizer, tmp_path_factory):
-    """A reward model on disk whose pad token is its EOS, as people make one from GPT-2."""
-    directory = tmp_path_factory.mktemp("judge") / "one-label"
-    own = copy.deepcopy(tokenizer)
-    own.pad_token = own.eos_token
-    lm.save(random_model(GPT2ForSequenceClassification, 5, len(own), num_labels=1, pad_token_id=0), own, directory)
-    return directory
-
-
-def direct_scores(judge_dir, tokenizer, prompt: str, response: str) -> torch.Tensor:
-    """(T,) the model's score at each token of prompt + response + EOS, alone in its batch."""
-    model = GPT2ForSequenceClassification.from_pretrained(judge_dir).eval()
-    ids = torch.tensor([tokenizer.encode(prompt + response) + [tokenizer.eos_token_id]])[:, -32:]
-    with torch.no_grad():
-        return model.score(model.transformer(ids).last_hidden_state)[0, :, 0]
-
-
-JUDGED = [("The plot was", " superb."), ("The plot was", " never dull. The acting felt superb superb plot dull."),
-         ("plot", "."), ("The acting felt", "")]
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_a_judge_scores_a_text_at_its_last_token_whoever_shares_the_batch(device, judge_dir, tokenizer):
-    judge = load_judge(str(judge_dir), device)
-    together = judge(*zip(*JUDGED))
-    for (prompt, response), score in zip(JUDGED, together):
-        direct = direct_scores(judge_dir, tokenizer, prompt, response)
-        assert score == pytest.approx(direct[-1].item(), abs=1e-4), f"{prompt + response!r}: last of {direct}"
-        assert score == pytest.approx(judge([prompt], [response])[0], abs=1e-4), "alone and in company"
-        assert abs(direct[-1] - direct[-2]) > 1e-2, "the law would not notice a score read one token early"
-    assert judge(*zip(*JUDGED[::-1])) == pytest.approx(together[::-1], abs=1e-4)
-    many = judge(*zip(*JUDGED * 20))  # more than one batch
-    assert many == pytest.approx(together * 20, abs=1e-4)
-
-
-def test_transformers_own_pooling_reads_the_wrong_token_when_pad_is_eos(judge_dir, tokenizer):
-    """Why the judge finds the last token by length: a search by pad id stops before the EOS."""
-    model = GPT2ForSequenceClassification.from_pretrained(judge_dir).eval()
-    prompt, response = JUDGED[0]
-    ids = torch.tensor([tokenizer.encode(prompt + response) + [tokenizer.eos_token_id]])
-    scores = direct_scores(judge_dir, tokenizer, prompt, response)
-    with torch.no_grad():
-        assert model(ids).logits.item() == pytest.approx(scores[-2].item(), abs=1e-4)
-    assert load_judge(str(judge_dir))([prompt], [response]) == pytest.approx([scores[-1].item()], abs=1e-4)
-
-
-def test_a_judge_reads_the_end_of_a_text_longer_than_its_context(judge_dir, tokenizer):
-    prompt, response = "The plot was superb" * 20, " never dull."
-    score = load_judge(str(judge_dir))([prompt], [response])[0]
-    assert score == pytest.approx(direct_scores(judge_dir, tokenizer, prompt, response)[-1].item(), abs=1e-4)
-
-
-def test_a_judge_subtracts_its_center_and_clips_what_is_left(judge_dir, tokenizer, tmp_path):
-    """rlhf.py writes both into the reward model's configuration, so that its rewards lie in [-bound, bound]."""
-    plain = load_judge(str(judge_dir))(*zip(*JUDGED))
-    model = GPT2ForSequenceClassification.from_pretrained(judge_dir)
-    center, bound = sorted(plain)[1], (max(plain) - sorted(plain)[1]) / 2
-    model.config.reward_center, model.config.reward_clip = center, bound
-    lm.save(model, tokenizer, tmp_path / "clipped")
-    expected = [max(-bound, min(bound, score - center)) for score in plain]
-    assert load_judge(str(tmp_path / "clipped"))(*zip(*JUDGED)) == pytest.approx(expected, abs=1e-4)
-    assert bound in expected and 0 in expected, "one score is clipped, one is at the center"
-
-
-def test_golden_and_none_are_judges_too():
-    assert load_judge("golden") is data.golden_judge and load_judge("none") is None
-
-
+@pytest.mark.law
+def test_a_second_judge_measures_the_same_responses_and_more_can_be_asked(tmp_path, policy, ref, pairs):
+    alone = evaluation(tmp_path / "alone", ref, pairs)(policy)
+    metrics = evaluation(tmp_path, ref, pairs, second=Judge("by length", by_length),
+                         more=lambda policy, rows: {"rows": len(rows)})(policy)
+    rows = read_rows(tmp_path / "responses.jsonl")
+    mine, theirs = (by_length([row["prompt"] for row in rows], [row[name] for row in rows])
+                    for name in ("response", "ref_response"))
+    rate, interval = win_rate(mine, theirs)
+    assert metrics == {**alone, "second_win_rate": rate, "second_win_rate_ci": interval,
+                       "second_reward": sum(mine) / 40, "rows": 40}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -358,15 +322,16 @@ def measured(step: int, rate, kl: float) -> dict:
             "chosen_logratio": -kl, "rejected_logratio": -2 * kl}
 
 
-def fake_run(directory, algorithm="dpo", rates=(0.5, 0.71, 0.66), rewards=(1, 0, 2), prompts=PROMPTS, **settings):
+def fake_run(directory, algorithm="dpo", rates=(0.5, 0.71, 0.66), rewards=(1.0, 0.0, 2.0), prompts=PROMPTS, **settings):
     """Three measured steps, 0, 2 and 4, each followed by one that was not."""
     lines = [line for i, rate in enumerate(rates)
              for line in (measured(2 * i, rate, 3.0 * i), {"step": 2 * i + 1, "loss": 0.4, "tokens": 100})][:-1]
-    data.write_jsonl(directory / "metrics.jsonl", lines)
-    data.write_jsonl(directory / "responses.jsonl", [dict(prompt=prompt, response=" good.", reward=reward)
-                                                     for prompt, reward in zip(prompts, rewards)])
+    write_rows(directory / "metrics.jsonl", lines)
+    write_rows(directory / "responses.jsonl", [
+        dict(prompt=prompt, response=" good.", reward=reward, ref_response=" dull.", ref_reward=0.0)
+        for prompt, reward in zip(prompts, rewards)])
     summary = {"algorithm": algorithm, "settings": {"algorithm": algorithm, "out": str(directory), **settings}}
-    data.write_text(directory / "summary.json", json.dumps(summary))
+    write_text(directory / "summary.json", json.dumps(summary))
     return directory
 
 
@@ -377,7 +342,7 @@ def is_png(path) -> bool:
 def test_metrics_are_read_line_by_step_and_a_directory_that_is_no_run_is_named(tmp_path):
     assert [line["step"] for line in read_metrics(fake_run(tmp_path / "dpo"))] == [0, 1, 2, 3, 4]
     for other in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(ValueError, match=f"^{other}: not a run, for it has no metrics.jsonl; name directories"):
+        with pytest.raises(UserError, match=f"^{other}: not a run, for it has no metrics.jsonl; name directories"):
             read_metrics(other)
 
 
@@ -393,10 +358,10 @@ def test_against_refuses_runs_on_other_prompts_or_without_a_judge(tmp_path):
     one = fake_run(tmp_path / "one")
     for prompts in (PROMPTS[::-1], PROMPTS[:2]):
         other = fake_run(tmp_path / "other", prompts=prompts)
-        with pytest.raises(ValueError, match="one and .*other were evaluated on different prompts; give both"):
+        with pytest.raises(UserError, match="one and .*other were evaluated on different prompts; give both"):
             against(one, other)
     blind = fake_run(tmp_path / "blind", rewards=(1, None, 2))
-    with pytest.raises(ValueError, match="run without a judge"):
+    with pytest.raises(UserError, match="run without a judge"):
         against(one, blind)
 
 
@@ -408,16 +373,18 @@ def cells(text: str) -> list[list[str]]:
 def test_a_table_has_a_line_a_run_and_a_dash_for_what_was_not_measured():
     header, judged, blind = cells(table([{"run": "hypo", **measured(4, 0.75, 2.0)},
                                          {"run": "a-longer-name", **measured(400, None, 2.0)}]))
-    assert header == ["run", "step", "win rate [95 %]", "reward", "reverse KL, nats", "length", "accuracy",
+    assert header == ["run", "step", "win rate [95 % of sampling]", "reward", "reverse KL, nats", "length", "accuracy",
                       "log-ratio chosen / rejected"]
     assert judged == ["hypo", "4", "0.750 [0.710, 0.790]", "+3.00", "2.00", "6.5", "0.520", "-2.0 / -4.0"]
     assert blind == ["a-longer-name", "400", "-", "-", "2.00", "6.5", "0.520", "-2.0 / -4.0"]
 
 
-def test_a_table_shows_the_reward_of_another_judge():
+def test_a_table_shows_the_reward_of_another_judge_and_a_second_win_rate():
     row = {"run": "hypo", **measured(4, 0.75, 2.0)}
     row["judge_reward"] = row.pop("golden_reward") - 10
-    assert cells(table([row]))[1][3] == "-7.00"
+    header, shown = cells(table([{**row, "second_win_rate": 0.25}]))
+    assert dict(zip(header, shown))["judge's reward"] == "-7.00"
+    assert dict(zip(header, shown))["second judge's win rate"] == "0.250"
 
 
 @pytest.mark.parametrize("rates", [(0.5, 0.7, 0.6), (None, None, None)], ids=["judged", "without a judge"])
@@ -439,9 +406,10 @@ def drawn(monkeypatch):
         seen.lines.append((x, y, how["color"]))
         return plot(axis, x, y, **how)
 
-    def spy_annotate(axis, text, xy, **how):
-        seen.labels.append((text, xy))
-        return annotate(axis, text, xy, **how)
+    def spy_annotate(axis, text, xy, *where, **how):
+        if text:  # an arrow has none
+            seen.labels.append((text, xy))
+        return annotate(axis, text, xy, *where, **how)
 
     monkeypatch.setattr(Axes, "plot", spy_plot)
     monkeypatch.setattr(Axes, "annotate", spy_annotate)
@@ -471,7 +439,18 @@ def test_in_goodharts_picture_runs_of_one_algorithm_share_a_label(tmp_path, draw
             for seed, rate in enumerate((0.6, 0.8, 0.7))}
     plot_goodhart({**runs, "runs/mine": [measured(0, 0.5, 0.0)]}, {**dict.fromkeys(runs, "dpo"), "runs/mine": "hypo"},
                   tmp_path / "goodhart.png")
-    assert drawn.labels == [("dpo", (4.0, 0.8)), ("mine", (0.0, 0.5))], "at the highest of the algorithm's ends"
+    assert drawn.labels == [("dpo", (3.0, 0.6)), ("mine", (0.0, 0.5))]
+
+
+def test_a_second_judge_has_a_line_in_the_curve_and_a_panel_in_goodharts_picture(tmp_path, drawn):
+    rows = [{**measured(step, rate, kl), "second_win_rate": 1 - rate}
+            for step, rate, kl in ((0, 0.5, 0.0), (2, 0.8, 3.0))]
+    summary = {"algorithm": "dpo", "model": "tiny", "beta": 0.1, "seed": 0, "win_rate": 0.8, "second_win_rate": 0.2}
+    plot_curve(tmp_path, summary, rows)
+    assert [(text, y) for text, (_, y) in drawn.labels] == [("first judge", 0.8), ("second judge", pytest.approx(0.2))]
+    drawn.lines.clear()
+    plot_goodhart({"runs/dpo": rows}, {"runs/dpo": "dpo"}, tmp_path / "goodhart.png")
+    assert [y for _, y, _ in drawn.lines] == [[0.5, 0.8], [0.5, pytest.approx(0.2)]]
 
 
 def test_the_command_prints_one_table_and_draws_the_picture(tmp_path, capsys):
@@ -488,38 +467,18 @@ def test_the_command_prints_one_table_and_draws_the_picture(tmp_path, capsys):
     assert is_png(tmp_path / "g.png")
 
 
-def test_the_command_adds_the_mean_of_runs_that_differ_in_their_seed_alone(tmp_path, capsys):
-    runs = [fake_run(tmp_path / f"dpo-{seed}", rates=(0.5, 0.7, rate), seed=seed, lr=lr)
-            for seed, rate, lr in ((0, 0.6, 1e-3), (1, 0.8, 1e-3), (2, 0.9, 2e-3))]
-    main([*map(str, runs), "--out", str(tmp_path / "g.png")])
-    rows = cells(capsys.readouterr().out)[2:6]
-    assert [row[0] for row in rows] == [*map(str, runs), "dpo, mean of 2 seeds"]
-    assert rows[-1][1:4] == ["4", "0.700 [-0.571, 1.971]", "+2.80"], "0.7 +- 12.71 sd / sqrt(2), sd = 0.1 sqrt(2)"
-
-
-def test_the_mean_over_seeds_is_a_mean_with_students_interval():
-    rates, kls = (0.6, 0.7, 0.8), (1.0, 2.0, 6.0)
-    row = mean_over_seeds([{"name": "dpo", **measured(4, rate, kl)} for rate, kl in zip(rates, kls)])
-    assert row["run"] == "dpo, mean of 3 seeds" and row["step"] == 4
-    assert (row["win_rate"], row["reverse_kl"], row["golden_reward"]) == pytest.approx((0.7, 3.0, 2.8))
-    half = 4.30 * 0.1 / math.sqrt(3)  # the sample's sd is 0.1
-    assert row["win_rate_ci"] == pytest.approx((0.7 - half, 0.7 + half))
-
-
-@pytest.mark.parametrize("df", STUDENT_95)
-def test_students_quantiles_hold_95_percent(df):
-    steps, t = 4000, STUDENT_95[df]
-    norm = math.gamma((df + 1) / 2) / math.gamma(df / 2) / math.sqrt(df * math.pi)
-    middles = ((i + 0.5) / steps * t for i in range(steps))
-    inside = 2 * t / steps * sum(norm * (1 + x * x / df) ** (-(df + 1) / 2) for x in middles)
-    assert inside == pytest.approx(0.95, abs=1e-3), f"P(|T| < {t}) with {df} degrees of freedom = {inside:.4f}"
+def test_a_run_is_not_compared_with_itself(tmp_path, capsys):
+    one, two = (str(fake_run(tmp_path / name)) for name in ("one", "two"))
+    main([one, two, "--against", two, "--out", str(tmp_path / "g.png")])
+    printed = capsys.readouterr().out
+    assert f"{one} against {two}: win rate" in printed and f"{two} against {two}" not in printed
 
 
 def test_the_command_shows_a_run_that_was_interrupted_and_has_no_summary(tmp_path, capsys):
     run = fake_run(tmp_path / "dpo")
     (run / "summary.json").unlink()
-    lines = data.read_rows(run / "metrics.jsonl")
-    data.write_jsonl(run / "metrics.jsonl", lines[:4])  # stopped at step 3, measured last at step 2
+    lines = read_rows(run / "metrics.jsonl")
+    write_rows(run / "metrics.jsonl", lines[:4])  # stopped at step 3, measured last at step 2
     main([str(run), "--out", str(tmp_path / "g.png")])
     assert cells(capsys.readouterr().out)[2][:2] == [str(run), "2"] and is_png(tmp_path / "g.png")
 
@@ -531,21 +490,90 @@ def test_the_command_shows_runs_without_a_judge(tmp_path, capsys):
     assert cells(capsys.readouterr().out)[2][2] == "-" and is_png(tmp_path / "g.png")
 
 
-def test_runs_without_a_judge_have_a_mean_too():
-    rows = [{"name": "dpo", **measured(4, None, kl)} for kl in (1.0, 2.0)]
-    assert cells(table([mean_over_seeds(rows)]))[1][:5] == ["dpo, mean of 2 seeds", "4", "-", "-", "1.50"]
-
-
-def test_a_finished_run_leaves_its_summary_its_curve_and_a_policy_that_loads(tmp_path, capsys, policy, tokenizer):
+def test_a_finished_run_leaves_its_summary_its_curve_and_a_policy_that_loads(tmp_path, capsys, policy, ref):
     out = fake_run(tmp_path / "dpo")
-    args = SimpleNamespace(algorithm="dpo", model="tiny", seed=3, steps=4, beta=0.1, out=out)
-    finish(args, policy, tokenizer, seconds=2.0)
-    summary = json.loads((out / "summary.json").read_text())
+    torch.save({"seconds": 2.0}, out / "checkpoint.pt")
+    args = Namespace(algorithm="dpo", model="tiny", seed=3, steps=4, beta=0.1, out=out, resume=False)
+    finish(starting(policy, ref, []), args)
+    summary = eval.read_summary(out)
     expected = {"algorithm": "dpo", "model": "tiny", "seed": 3, "steps": 4, "beta": 0.1, "win_rate": 0.66,
                 "golden_reward": 4 * 0.66, "reverse_kl": 6.0, "response_length": 6.5, "seconds": 2.0,
-                "tokens_per_second": 250}
+                "tokens_per_second": 250, "judge": "golden", "second_judge": None,
+                "settings": {"algorithm": "dpo", "model": "tiny", "seed": 3, "steps": 4, "beta": 0.1}}
     assert {name: summary[name] for name in expected} == expected and len(summary["win_rate_ci"]) == 2
-    assert is_png(out / "curve.png")
+    assert is_png(out / "curve.png") and "| The plot was |" in (out / "samples.md").read_text()
     assert [row[0] for row in cells(capsys.readouterr().out)[:3]] == ["run", "pi_ref", "dpo"]
-    loaded, _ = lm.load(str(out / "policy"))
+    loaded = LM.load(str(out / "policy"))
     assert all(torch.equal(weight, loaded.state_dict()[name]) for name, weight in policy.state_dict().items())
+
+
+# ---------------------------------------------------------------------------------------------------
+# a finished run measured again, from its own files
+
+
+@pytest.fixture
+def trained(model_dir, tmp_path, monkeypatch):
+    """trained(main, name, *flags) trains in directory `name` of a working directory of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(eval, "plot_curve", lambda *args: None)  # it would take as long as the run
+
+    def train(command, name, *flags):
+        command.main(["--model", str(model_dir), *FAST, "--lr", "1e-2", "--out", name, *flags])
+        return read_rows(Path(name) / "responses.jsonl")
+
+    return train
+
+
+def again(name, samples: int, *more) -> list[dict]:
+    """The responses of run `name` measured again."""
+    main([name, "--samples", str(samples), *more])
+    return read_rows(Path(name) / "again" / "responses.jsonl")
+
+
+def test_a_run_in_the_world_is_measured_again(trained, tmp_path, capsys):
+    world_flags = "--data", "world", "--sft-steps", "0"
+    a, b = trained(hypo, "a", *world_flags), trained(dpo, "b", *world_flags)
+    assert [again(name, 4) for name in "ab"] == [a, b], "as many as before: the same"
+    more = again("a", 10, "--against", "b")
+    assert "a against b: win rate" in capsys.readouterr().out
+    assert len(more) == len(read_rows("b/again/responses.jsonl")) == 10
+    assert all(row["reward"] == golden_reward(row["prompt"], row["response"]) for row in more)
+    assert [read_rows(Path(name) / "responses.jsonl") for name in "ab"] == [a, b], "the runs stay as they were"
+    line, = read_metrics("a/again")
+    assert line["step"] == 2 and line["win_rate"] == win_rate(*zip(*((row["reward"], row["ref_reward"])
+                                                                    for row in more)))[0]
+    (tmp_path / "a" / "summary.json").unlink()
+    with pytest.raises(UserError, match="--samples: a is not finished"):
+        again("a", 4)
+
+
+def test_a_run_on_a_task_is_measured_again_by_both_judges(trained, tmp_path, capsys):
+    write_task(tmp_path / "task")
+    rows = trained(hypo, "a", "--data", "task", "--sft-steps", "2")
+    for name in ("sft", "prompts", "held_out_prompts"):
+        (tmp_path / "task" / f"{name}.jsonl").unlink()
+    assert again("a", 4) == rows
+    (line,), last = read_metrics("a/again"), read_metrics("a")[-1]
+    for name in ("judge_reward", "second_reward", "win_rate", "second_win_rate", "reverse_kl"):
+        assert line[name] == pytest.approx(last[name], abs=1e-5)
+    assert "second judge's win rate" in capsys.readouterr().out
+
+
+def test_a_run_that_its_reward_model_judges_is_measured_again_wherever_it_is(trained, tmp_path):
+    """Pairs from a file have no judge, so the reward model that the run left in its directory measures."""
+    write_rows("pairs.jsonl", [{"prompt": prompt, "chosen": " superb.", "rejected": " dull."} for prompt in PROMPTS])
+    rows = trained(rlhf, "a", "--data", "pairs.jsonl", "--reward-epochs", "1")
+    (tmp_path / "pairs.jsonl").unlink()
+    assert again("a", 4) == rows and all(row["reward"] is not None for row in rows)
+    shutil.move("a", "b")
+    assert again("b", 4) == rows, "as when a later run moved it aside"
+
+
+def test_a_run_whose_pi_ref_or_judge_is_gone_is_named(trained, tmp_path):
+    write_task(tmp_path / "task")
+    trained(hypo, "a", "--data", "task", "--sft-steps", "0")
+    summary = eval.read_summary("a")
+    for role, other in (("pi_ref", "no/such"), ("judge", str(tmp_path))):
+        write_text("a/summary.json", json.dumps({**summary, role: other}))
+        with pytest.raises(UserError, match=f"a .*{other}"):
+            again("a", 4)

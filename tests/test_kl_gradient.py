@@ -8,10 +8,10 @@ import itertools
 import pytest
 import torch
 
-import lm
 from hypo import kl_loss
-from models import random_gpt2
+from models import gradient, random_gpt2
 
+pytestmark = pytest.mark.law
 PROMPT = [1, 2]
 EOS, LONGEST = 0, 3
 
@@ -34,16 +34,10 @@ def case():
     """(policy, ref, log pi (15,), log pi_ref (15,), exact gradient of KL(pi || pi_ref))."""
     policy, ref = random_gpt2(3, seed=3), random_gpt2(3, seed=4)
     prompts = [PROMPT] * len(RESPONSES)
-    log_pi = lm.logps(policy, prompts, RESPONSES)
-    log_ref = lm.logps(ref, prompts, RESPONSES).detach()
+    log_pi = policy.logps(prompts, RESPONSES)
+    log_ref = ref.logps(prompts, RESPONSES).detach()
     kl = (log_pi.exp() * (log_pi - log_ref)).sum()
     return policy, ref, log_pi, log_ref, gradient(kl, policy)
-
-
-def gradient(loss, policy) -> torch.Tensor:
-    """All parameters' gradients as one vector."""
-    grads = torch.autograd.grad(loss, policy.parameters(), retain_graph=True, allow_unused=True, materialize_grads=True)
-    return torch.cat([grad.flatten() for grad in grads])
 
 
 def expected_gradient(case, loss, k: int) -> torch.Tensor:
@@ -95,8 +89,8 @@ def test_per_token_weights_miss_the_future(case):
     """Weighting each token by its own log-ratio is the fourth usual mistake: cosine near 1, yet wrong."""
     policy, ref, log_pi, _, exact = case
     prompts = [PROMPT] * len(RESPONSES)
-    tokens, _ = lm.token_logps(policy, prompts, RESPONSES)
-    ref_tokens, _ = lm.token_logps(ref, prompts, RESPONSES)
+    tokens, _ = policy.token_logps(prompts, RESPONSES)
+    ref_tokens, _ = ref.token_logps(prompts, RESPONSES)
     s = (tokens - ref_tokens).detach()
     probability = log_pi.detach().exp()
 
@@ -110,25 +104,25 @@ def test_per_token_weights_miss_the_future(case):
 def test_reported_kl_is_unbiased_with_less_variance_than_the_log_ratio(case):
     policy, ref, log_pi, log_ref, _ = case
     probability = log_pi.detach().exp()
-    estimates = lm.reverse_kl(policy, ref, [PROMPT] * len(RESPONSES), RESPONSES)  # (15,)
+    estimates = policy.reverse_kl(ref, [PROMPT] * len(RESPONSES), RESPONSES)  # (15,)
     logratios = (log_pi - log_ref).detach()
     kl = (probability * logratios).sum()
     assert (probability * estimates).sum().item() == pytest.approx(kl.item(), abs=1e-10)
     assert (estimates >= 0).all()
-    variance = lambda x: (probability * (x - kl) ** 2).sum()  # noqa: E731
-    assert variance(estimates) < variance(logratios)
+    variance, of_logratio = ((probability * (x - kl) ** 2).sum() for x in (estimates, logratios))
+    assert variance < of_logratio
 
 
 def test_descending_the_kl_loss_alone_brings_the_policy_to_pi_ref(case):
     policy = random_gpt2(3, seed=3)
     prompts = [PROMPT] * len(RESPONSES)
     log_ref = case[3]
-    optimizer = torch.optim.Adam(policy.parameters(), lr=0.01)
-    for _ in range(300):
-        log_pi = lm.logps(policy, prompts, RESPONSES)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=0.02)
+    for _ in range(150):
+        log_pi = policy.logps(prompts, RESPONSES)
         loss = (log_pi.detach().exp() * kl_loss(log_pi[:, None], (log_pi - log_ref)[:, None])).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    log_pi = lm.logps(policy, prompts, RESPONSES).detach()
+    log_pi = policy.logps(prompts, RESPONSES).detach()
     assert (log_pi.exp() * (log_pi - log_ref)).sum() < 1e-3

@@ -3,6 +3,8 @@
 import copy
 import itertools
 import math
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,149 +12,153 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+import data
 import lm
+import world
 from models import random_gpt2
 
-pytestmark = pytest.mark.usefixtures("both_forms")
 EOS = 0
-ids = st.lists(st.integers(1, 10), min_size=1, max_size=8)
-batches = st.lists(st.tuples(ids, ids.map(lambda row: [*row, EOS])), min_size=1, max_size=5)
-MODEL = random_gpt2(11, seed=1)
+law = pytest.mark.law
 
 
-def plain_logp(model, prompt, response) -> float:
-    """log pi(y|x), the slow obvious way: one row, no padding, one token at a time."""
-    model = copy.deepcopy(model).eval()
-    total = 0.0
-    for t, token in enumerate(response):
-        logits = model(torch.tensor([prompt + response[:t]])).logits[0, -1]
-        total += logits.log_softmax(-1)[token].item()
-    return total
-
-
-def test_negative_control_positions_that_count_padding_differ(monkeypatch):
+@law
+def test_negative_control_positions_that_count_padding_differ(kind, monkeypatch):
     """Without position ids from the mask, GPT-2's learned positions shift by the padding."""
-    forward = MODEL.base_model.forward
+    policy = random_gpt2(11, seed=1, kind=kind)
+    network = policy.model.base_model
+    forward = network.forward
 
     def without_positions(*args, position_ids=None, **kwargs):
         return forward(*args, **kwargs)
 
     prompt, response = [3, 1], [4, 1, EOS]
-    alone = lm.logps(MODEL, [prompt], [response])[0].item()
-    monkeypatch.setattr(MODEL.base_model, "forward", without_positions)
-    padded = lm.logps(MODEL, [prompt, [1] * 9], [response, [1]])[0].item()
+    alone = policy.logps([prompt], [response])[0].item()
+    monkeypatch.setattr(network, "forward", without_positions)
+    padded = policy.logps([prompt, [1] * 9], [response, [1]])[0].item()
     assert abs(padded - alone) > 1e-3
 
 
-def test_the_eos_is_trained():
-    model = random_gpt2(11, seed=1)
-    before = model.lm_head.weight.detach().clone()
-    tokens, _ = lm.token_logps(model, [[1, 2]], [[3, EOS]])
+@law
+def test_the_eos_is_trained(kind):
+    policy = random_gpt2(11, seed=1, kind=kind)
+    tokens, _ = policy.token_logps([[1, 2]], [[3, EOS]])
     (-tokens[0, 1]).backward()  # the EOS's own term
-    assert model.lm_head.weight.grad[EOS].norm() > 0
-    assert torch.equal(before, model.lm_head.weight)
+    assert policy.model.lm_head.weight.grad[EOS].norm() > 0
 
 
-def test_policy_equals_reference_gives_exactly_zero_with_dropout_configured():
-    model = random_gpt2(11, dropout=0.5, dtype=torch.float32)
-    ref = lm.frozen_copy(model)
-    assert model.training
-    prompts, responses = [[1, 2], [3]], [[4, 5, EOS], [6, EOS]]
-    assert torch.equal(lm.logps(model, prompts, responses), lm.logps(ref, prompts, responses))
-    assert lm.reverse_kl(model, ref, prompts, responses).eq(0).all()
-    assert model.training, "the model's mode is left as it was"
+@law
+def test_policy_equals_reference_gives_exactly_zero_with_dropout_configured(kind):
+    policy = random_gpt2(11, dropout=0.5, dtype=torch.float32, kind=kind)
+    ref, rows = policy.frozen_copy(), ([[1, 2], [3]], [[4, 5, EOS], [6, EOS]])
+    for module in (policy, torch.nn.ModuleList([policy])):  # asked itself, or as a part of what trains
+        module.train()
+        assert torch.equal(policy.logps(*rows), policy.logps(*rows))
+        assert policy.reverse_kl(policy, *rows).eq(0).all()
+        # a copy has the same numbers, but its products may be computed in another order
+        assert torch.allclose(policy.logps(*rows), ref.logps(*rows), rtol=0, atol=1e-5)
+        assert policy.reverse_kl(ref, *rows).abs().max() < 1e-5
+    policy.model.train()  # negative control: in the model's own mode for training, dropout is there
+    assert (policy.logps(*rows) - ref.logps(*rows)).abs().max() > 0.1
+    assert not torch.equal(policy.logps(*rows), policy.logps(*rows))
 
 
-def test_mode_is_put_back_even_after_an_error():
-    model = random_gpt2(11)
-    with pytest.raises(RuntimeError), lm.eval_mode(model):
-        assert not model.training
-        raise RuntimeError
-    assert model.training
-
-
+@law
 def test_reference_is_frozen_and_shares_no_storage(policy):
-    ref = lm.frozen_copy(policy)
-    assert not any(p.requires_grad for p in ref.parameters()) and not ref.training
-    ours, theirs = ({p.data_ptr() for p in model.parameters()} for model in (policy, ref))
+    ref = policy.frozen_copy()
+    assert not any(p.requires_grad for p in ref.parameters()) and all(p.requires_grad for p in policy.parameters())
+    ours, theirs = ({p.data_ptr() for p in network.parameters()} for network in (policy, ref))
     assert not ours & theirs
 
 
-def test_stored_reference_log_probs_equal_live_ones(ref):
-    pairs = [{"prompt": [1, 2], "chosen": [3, EOS], "rejected": [4, 5, 6, EOS]}, {"prompt": [7], "chosen": [EOS],
-             "rejected": [2, EOS]}]
-    stored = lm.ref_logps(lm.add_ref_logps(ref, pairs), "cpu")
-    for got, live in zip(stored, lm.pair_logps(ref, pairs)):
-        assert torch.allclose(got.double(), live, atol=1e-5)
+@law
+def test_stored_reference_log_probs_equal_live_ones(policy, ref):
+    pairs = [lm.Encoded([1, 2], [3, EOS], [4, 5, 6, EOS]), lm.Encoded([7], [EOS], [2, EOS])]
+    stored = data.add_ref_logps(ref, pairs)
+    assert [pair[:3] for pair in stored] == [pair[:3] for pair in pairs]
+    for got, ours, live in zip(policy.logratios(stored), policy.pair_logps(pairs), ref.pair_logps(pairs)):
+        assert torch.allclose(got, ours - live, atol=1e-5)
 
 
-def test_log_softmax_is_taken_in_float32_when_the_model_computes_in_bfloat16():
-    model = random_gpt2(11, dtype=torch.float32)
+@law
+def test_log_softmax_is_taken_in_float32_when_the_model_computes_in_bfloat16(kind):
+    policy = random_gpt2(11, dtype=torch.float32, kind=kind)
     rows = [[1, 2, 3]] * 2, [[4, 5, EOS], [6, EOS]]
-    exact = lm.logps(copy.deepcopy(model).double(), *rows)
-    low = lm.logps(copy.deepcopy(model).bfloat16(), *rows)
+    exact = copy.deepcopy(policy).double().logps(*rows)
+    low = copy.deepcopy(policy).bfloat16().logps(*rows)
     assert low.dtype == torch.float32
     assert torch.allclose(low.double(), exact, atol=0.5)  # what bfloat16 weights cost here
 
 
-# ---------------------------------------------------------------------------------------------------
-# sampling
+# ---- sampling
 
 
-def test_samples_are_from_the_softmax_whatever_generation_config_says():
+@law
+def test_samples_are_from_the_softmax_whatever_generation_config_says(kind):
     """Chi-square over all 15 responses of at most 3 tokens, at two temperatures."""
-    model = random_gpt2(3, seed=5)
-    config = model.generation_config
+    policy = random_gpt2(3, seed=5, kind=kind)
+    config = policy.model.generation_config
     config.top_k, config.top_p, config.temperature, config.repetition_penalty, config.do_sample = 1, 0.1, 0.3, 5.0, True
     responses = [list(row) for n in (1, 2, 3) for row in itertools.product(range(3), repeat=n)
                  if EOS not in row[:-1] and (row[-1] == EOS or n == 3)]
-    n = 20_000
+    n = 10_000
     for temperature in (1.0, 0.7):
-        tempered = copy.deepcopy(model)
+        tempered = copy.deepcopy(policy)
         with torch.no_grad():  # the head is tied to the embeddings: scale the final layer norm instead
-            tempered.transformer.ln_f.weight /= temperature
-            tempered.transformer.ln_f.bias /= temperature
-        expected = lm.logps(tempered, [[1, 2]] * len(responses), responses).exp() * n
-        drawn = lm.sample(model, [[1, 2]] * n, 3, EOS, torch.Generator().manual_seed(0), temperature)
-        counts = torch.tensor([drawn.count(row) for row in responses])
+            tempered.model.transformer.ln_f.weight /= temperature
+            tempered.model.transformer.ln_f.bias /= temperature
+        expected = tempered.logps([[1, 2]] * len(responses), responses).exp() * n
+        drawn = policy.sample([[1, 2]] * n, 3, torch.Generator().manual_seed(0), temperature, batch_size=1000)
+        times = Counter(map(tuple, drawn))
+        counts = torch.tensor([times[tuple(row)] for row in responses])
         assert counts.sum() == n, "every sample is one of the possible responses"
         chi2 = ((counts - expected) ** 2 / expected).sum().item()
         assert chi2 < 14 + 5 * math.sqrt(2 * 14), f"chi-square {chi2:.1f} for 14 degrees of freedom"
     # negative control: at the wrong temperature the same counts are impossible
-    wrong = lm.logps(model, [[1, 2]] * len(responses), responses).exp() * n
+    wrong = policy.logps([[1, 2]] * len(responses), responses).exp() * n
     assert ((counts - wrong) ** 2 / wrong).sum() > 14 + 5 * math.sqrt(2 * 14)
 
 
-def test_a_sample_is_cut_after_its_first_eos_or_at_the_limit_and_ignores_its_batch_mates():
-    model = random_gpt2(11, seed=6)
-    prompts = [[1], [2, 3, 4, 5], [6, 7]] * 50
-    rows = lm.sample(model, prompts, 5, EOS, torch.Generator().manual_seed(0))
+@law
+def test_a_sample_is_cut_after_its_first_eos_or_at_the_limit(kind):
+    policy = random_gpt2(11, seed=6, kind=kind)
+    rows = policy.sample([[1], [2, 3, 4, 5], [6, 7]] * 50, 5, torch.Generator().manual_seed(0))
     assert all(EOS not in row[:-1] for row in rows)
     assert all(row[-1] == EOS or len(row) == 5 for row in rows)
     assert {len(row) for row in rows} >= {1, 5}, "both ways to end must occur in this test"
-    assert model.training
 
 
-def test_same_seed_same_samples_other_seed_others():
-    draw = lambda seed: lm.sample(MODEL, [[1, 2]] * 20, 8, EOS, torch.Generator().manual_seed(seed))  # noqa: E731
-    assert draw(0) == draw(0) != draw(1)
+@law
+def test_same_seed_same_samples_other_seed_others(kind):
+    policy = random_gpt2(11, seed=1, kind=kind)
+    first, again, other = (policy.sample([[1, 2]] * 20, 8, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    assert first == again != other
 
 
-def test_sampling_stops_when_all_rows_are_done():
-    model, calls = random_gpt2(11, seed=8), []
-    with torch.no_grad():
-        model.lm_head.weight[EOS] = 0
-    model.lm_head.weight.requires_grad_(False)
-    model.transformer.ln_f.bias.data[:] = 0
-    model.transformer.ln_f.weight.data[:] = 0  # uniform: EOS comes with probability 1/11
-    norm = model.transformer.ln_f.forward
-    model.transformer.ln_f.forward = lambda *args: calls.append(1) or norm(*args)
-    row, = lm.sample(model, [[1]], 1000 - 936, EOS, torch.Generator().manual_seed(0))
-    assert len(calls) == len(row) < 64
+@law
+def test_sampling_stops_when_all_rows_are_done(kind):
+    policy, calls = random_gpt2(11, seed=8, kind=kind), []
+    norm = policy.model.transformer.ln_f
+    torch.nn.init.zeros_(norm.weight)
+    torch.nn.init.zeros_(norm.bias)  # uniform: EOS comes with probability 1/11
+    norm.register_forward_hook(lambda *call: calls.append(1))
+    row, = policy.sample([[1]], 63, torch.Generator().manual_seed(0))
+    assert len(calls) == len(row) < 63
 
 
-# ---------------------------------------------------------------------------------------------------
-# text
+@law
+@given(st.lists(st.sampled_from([0.0, 1e-30, 0.1, 1.0, 3.0]), min_size=1, max_size=9).filter(any),
+       st.lists(st.floats(0, 1, exclude_max=True), max_size=9), st.sampled_from([0.7, 1.0]))
+def test_draw_inverts_the_distribution_function_and_never_says_what_has_probability_0(weights, numbers, temperature):
+    weights = torch.tensor(weights, dtype=torch.float64)
+    uniform = torch.tensor([0.0, 1 - 2**-24, *numbers], dtype=torch.float64)  # the ends of what torch.rand gives
+    logits = temperature * weights.log().expand(len(uniform), -1)
+    drawn, cdf = lm.draw(logits, uniform, temperature), (weights / weights.sum()).cumsum(0)
+    assert (weights[drawn] > 0).all()
+    assert (cdf[drawn] >= 1 - uniform - 1e-9).all()
+    assert ((cdf - weights / weights.sum())[drawn] <= 1 - uniform + 1e-9).all()
+
+
+# ---- text
 
 
 @pytest.fixture(scope="module")
@@ -160,117 +166,101 @@ def words():
     return lm.word_tokenizer(["The plot was", " dull, and slow.", " never fresh"])
 
 
+@law
 def test_prompt_and_response_are_tokenised_apart_and_join_to_the_text(words):
-    prompt, response = lm.encode_prompt(words, "The plot was"), lm.encode_response(words, " never dull.", 99)
+    policy = random_gpt2(words)
+    prompt, response = policy.encode_prompt("The plot was"), policy.encode_response(" never dull.", 99)
     assert words.decode(prompt + response, skip_special_tokens=True) == "The plot was never dull."
-    assert lm.decode(words, response) == " never dull."
+    assert policy.decode(response) == " never dull."
+    assert policy.encode_prompt("") == [EOS], "an empty prompt still needs a token to predict from"
 
 
+@law
 @given(st.integers(1, 9))
-def test_exactly_one_eos_at_the_end_unless_cut(limit):
-    words = lm.word_tokenizer([" dull, and slow."])
-    whole = lm.encode_response(words, " dull, and slow.", 99)
+def test_exactly_one_eos_at_the_end_unless_cut(words, limit):
+    policy = random_gpt2(words)
+    whole = policy.encode_response(" dull, and slow.", 99)
     assert whole.count(EOS) == 1 and whole[-1] == EOS
-    assert lm.encode_response(words, " dull, and slow.<eos>", 99) == whole
-    cut = lm.encode_response(words, " dull, and slow.", limit)
+    assert policy.encode_response(" dull, and slow.<eos>", 99) == whole
+    cut = policy.encode_response(" dull, and slow.", limit)
     assert cut == whole[:limit] and (limit >= len(whole)) == (EOS in cut)
 
 
-def test_one_bos_if_the_tokenizer_uses_one_and_never_two(words):
-    class WithBos:
-        bos_token_id, eos_token_id = 7, 0
-
-        def encode(self, text, add_special_tokens):
-            assert not add_special_tokens
-            return ([7] if text.startswith("<s>") else []) + [1, 2]
-
-        def __call__(self, text):
-            return type("Encoding", (), {"input_ids": [7, 1]})
-
-    assert lm.encode_prompt(WithBos(), "a") == [7, 1, 2]
-    assert lm.encode_prompt(WithBos(), "<s>a") == [7, 1, 2]
-    assert lm.encode_prompt(words, "") == [EOS], "an empty prompt still needs a token to predict from"
+# ---- load and save
 
 
-def pair(prompt="The plot was", chosen=" dull.", rejected=" fresh.", **more):
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **more}
-
-
-def test_encode_pairs_names_file_line_and_field(words):
-    model = random_gpt2(len(words), positions=8)
-    with pytest.raises(ValueError, match=r"f.jsonl:3: field 'prompt' has 9 tokens.*room for 4"):
-        lm.encode_pairs(model, words, [pair(prompt="The" + " plot" * 8, where="f.jsonl:3")], 4)
-    with pytest.raises(ValueError, match=r"f.jsonl:4: .*same in their first 1 tokens"):
-        lm.encode_pairs(model, words, [pair("The", " dull, and", " dull.", where="f.jsonl:4")], 1)
-    with pytest.raises(ValueError, match=r"f.jsonl:5: field 'chosen': .*does not know every word"):
-        lm.encode_pairs(model, words, [pair(chosen=" splendid.", where="f.jsonl:5")], 4)
-    row, = lm.encode_pairs(model, words, [pair(chosen_ids=[3, 4], rejected_ids=[5])], 4)
-    assert row["chosen"] == [3, 4], "pairs that a policy sampled keep the tokens it wrote"
-
-
-def test_the_fullest_prompt_that_is_accepted_also_trains_and_samples(words):
-    model = random_gpt2(len(words), positions=8)
-    row, = lm.encode_pairs(model, words, [pair(prompt="The" + " plot" * 3)], 4)
-    assert len(row["prompt"]) == 4
-    lm.pair_logps(model, [row])
-    lm.sample(model, [row["prompt"]], 4, EOS, torch.Generator())
-
-
-# ---------------------------------------------------------------------------------------------------
-# load and save
-
-
-def test_saved_policy_is_an_ordinary_transformers_directory(tmp_path, words):
-    model = random_gpt2(len(words), dtype=torch.float32)
-    lm.save(model, words, tmp_path / "policy")
-    again, tokenizer = lm.load(str(tmp_path / "policy"))
-    assert isinstance(AutoTokenizer.from_pretrained(tmp_path / "policy"), PreTrainedTokenizerFast)
-    AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+def test_saved_policy_is_an_ordinary_transformers_directory(tmp_path, words, kind):
+    policy, directory = random_gpt2(words, dtype=torch.float32, kind=kind), tmp_path / "policy"
+    policy.save(directory, "# A card")
+    again = kind.load(str(directory))
+    assert type(again) is kind and again.source == str(directory)
+    assert isinstance(AutoTokenizer.from_pretrained(directory), PreTrainedTokenizerFast)
+    AutoModelForCausalLM.from_pretrained(directory)
     rows = [[1, 2]], [[3, EOS]]
-    assert torch.allclose(lm.logps(model, *rows), lm.logps(again, *rows), rtol=1e-6)  # its gelu is one kernel now
-    assert not again.training
-    assert tokenizer.encode("The plot") == words.encode("The plot")
+    assert torch.allclose(policy.logps(*rows), again.logps(*rows), atol=1e-5)  # its gelu is one kernel now
+    assert again.encode_prompt("The plot") == policy.encode_prompt("The plot")
+    assert (directory / "README.md").read_text() == "# A card"
     assert [path.name for path in tmp_path.iterdir()] == ["policy"], "no half-written directory is left"
-    assert not [path for path in (tmp_path / "policy").iterdir() if path.suffix in (".bin", ".pt", ".pkl")]
+    assert not [path for path in directory.iterdir() if path.suffix in (".bin", ".pt", ".pkl")]
+
+
+def test_loaded_weights_are_copied_into_storage_of_our_own(tmp_path, words, kind, monkeypatch):
+    """In a mapped file they may lie at an odd address, and products then round otherwise."""
+    random_gpt2(words, dtype=torch.float32).save(tmp_path / "policy")
+    from_pretrained, loaded = AutoModelForCausalLM.from_pretrained, []
+
+    def watched(*args, **kwargs):
+        loaded.append(from_pretrained(*args, **kwargs))
+        return loaded[-1]
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
+    policy = kind.load(str(tmp_path / "policy"))
+    (as_loaded,), ours = loaded, policy.model
+    assert all(torch.equal(a, b) for a, b in zip(as_loaded.parameters(), ours.parameters(), strict=True))
+    theirs, own = ({p.untyped_storage().data_ptr() for p in model.parameters()} for model in (as_loaded, ours))
+    assert not theirs & own
 
 
 def test_a_model_that_is_not_here_is_one_clear_sentence(tmp_path, monkeypatch):
     def no_hub(name, timeout):
-        raise ConnectionError("no route")
+        raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(lm, "model_info", no_hub)
-    with pytest.raises(ValueError, match="--model no-such/model: not a directory here.*--model DIR"):
-        lm.load("no-such/model")
-    with pytest.raises(ValueError, match="does not hold a causal language model"):
-        lm.load(str(tmp_path))
+    with pytest.raises(lm.Refused, match=r"^no-such/model is not a directory here.*hub.*\(no route\); name a"):
+        lm.LM.load("no-such/model")
+    with pytest.raises(lm.Refused, match="does not hold a causal language model"):
+        lm.LM.load(str(tmp_path))
 
 
-def test_tiny_is_made_once_for_each_corpus_and_setting(tmp_path, monkeypatch):
-    monkeypatch.setenv("HYPO_CACHE", str(tmp_path))
-    monkeypatch.setitem(lm.TINY, "sft_steps", 3)
+def test_a_tokenizer_without_an_eos_is_refused(tmp_path, words):
+    random_gpt2(words).save(tmp_path / "policy")
+    PreTrainedTokenizerFast(tokenizer_object=words.backend_tokenizer).save_pretrained(tmp_path / "policy")
+    with pytest.raises(lm.Refused, match="no EOS token, so a response could not end"):
+        lm.LM.load(str(tmp_path / "policy"))
+
+
+def test_tiny_is_made_once_for_each_world_and_setting(tmp_path, monkeypatch):
+    monkeypatch.setenv("HYPO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(data.TINY_SFT, "steps", 3)
     corpus = [("The plot was", " dull."), ("The plot was", " fresh.")] * 20
-    first = lm.tiny_directory(corpus)
+    monkeypatch.setattr(world, "sft_corpus", lambda: corpus)
+    first = data.tiny_directory()
     made = (first / "model.safetensors").stat().st_mtime_ns
-    assert lm.tiny_directory(corpus) == first and (first / "model.safetensors").stat().st_mtime_ns == made
-    assert lm.tiny_directory(corpus[:-1]) != first
-    monkeypatch.setitem(lm.TINY, "sft_steps", 4)
-    assert lm.tiny_directory(corpus) != first
+    assert data.tiny_directory() == first and (first / "model.safetensors").stat().st_mtime_ns == made
+    others = [data.tiny_directory(width=32)]
+    with monkeypatch.context() as patch:
+        patch.setitem(data.TINY_SFT, "steps", 4)
+        others.append(data.tiny_directory())
+    changed = tmp_path / "world.py"
+    changed.write_text(Path(world.__file__).read_text(encoding="utf-8") + "# another world", encoding="utf-8")
+    monkeypatch.setattr(world, "__file__", str(changed))
+    others.append(data.tiny_directory())
+    assert len({first, *others}) == 4
 
 
-def test_sft_teaches_a_text(words):
-    model = random_gpt2(len(words), dtype=torch.float32)
-    prompt, response = lm.encode_prompt(words, "The plot was"), lm.encode_response(words, " never dull.", 9)
-    before = lm.logps(model, [prompt], [response]).item()
-    lm.sft(model, words, [("The plot was", " never dull.")], steps=60, batch_size=2, lr=1e-2, seed=0)
-    assert lm.logps(model, [prompt], [response]).item() > -0.1 > before
-
-
-def test_a_text_may_hold_the_eos_though_it_is_the_unknown_word_too():
-    """As a chat template writes it; the EOS at the end of a response stays one."""
-    tokenizer = lm.word_tokenizer(["The plot was dull."])
-    model = random_gpt2(len(tokenizer))
-    pair = {"prompt": "The plot<eos> was", "chosen": " dull.<eos>", "rejected": "."}
-    row, = lm.encode_pairs(model, tokenizer, [pair], 9)
-    assert row["chosen"] == lm.encode_response(tokenizer, " dull.", 9) and row["chosen"].count(0) == 1
-    with pytest.raises(ValueError, match="does not know every word"):
-        lm.encode_pairs(model, tokenizer, [{"prompt": "The", "chosen": " soup.", "rejected": "."}], 9)
+def test_sft_teaches_a_text(words, kind):
+    policy = random_gpt2(words, dtype=torch.float32, kind=kind)
+    row = [policy.encode_prompt("The plot was")], [policy.encode_response(" never dull.", 9)]
+    before = policy.logps(*row).item()
+    lm.sft(policy, [("The plot was", " never dull.")], steps=60, batch_size=2, lr=1e-2, seed=0)
+    assert policy.logps(*row).item() > -0.1 > before

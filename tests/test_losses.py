@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from dpo import bo2_loss, dpo_loss, ipo_loss
 from hypo import kl_loss
 
+pytestmark = pytest.mark.law
 logratio = st.floats(-50, 50).map(lambda x: torch.tensor([x], dtype=torch.float64))
 betas = st.floats(0.01, 5)
 ZERO = torch.zeros(1, dtype=torch.float64)

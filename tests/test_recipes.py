@@ -21,8 +21,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import data
+from data import check_pair, read_jsonl
 from judges import load_judge
+from run import read_rows, write_text
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 NEEDS = {"smollm2": "gguf", "sentiment_judge": "sklearn", "movie_reviews": "sklearn", "human_ratings": None}
@@ -149,7 +150,7 @@ def test_task_directory_has_what_training_reads(task):
 
 def test_task_rows_are_disjoint_and_of_the_asked_number(task):
     out, reviews = task
-    files = [data.read_rows(out / f"{name}.jsonl") for name in ("sft", "prompts", "held_out_prompts")]
+    files = [read_rows(out / f"{name}.jsonl") for name in ("sft", "prompts", "held_out_prompts")]
     assert [len(rows) for rows in files] == [100, 50, 20]
     assert [sorted(rows[0]) for rows in files] == [["prompt", "response"], ["prompt"], ["prompt"]]
     prompts = [row["prompt"] for rows in files for row in rows]
@@ -166,7 +167,7 @@ def test_judge_has_not_seen_the_texts(task, monkeypatch):
     movie_reviews.make(out.parent / "again", reviews, argparse.Namespace(sft=100, prompts=50, held_out=20, seed=3))
     assert (out.parent / "again" / "sft.jsonl").read_bytes() == (out / "sft.jsonl").read_bytes()  # the same seed
     prompts = {row["prompt"] for name in ("sft", "prompts", "held_out_prompts")
-               for row in data.read_rows(out / f"{name}.jsonl")}
+               for row in read_rows(out / f"{name}.jsonl")}
     assert len(seen) == len(reviews) - 170 and not prompts & {" ".join(words[:8]) for words, _ in seen}
 
 
@@ -266,11 +267,11 @@ def ratings(tmp_path, monkeypatch):
 
 def test_human_pairs_agree_with_the_ratings(ratings):
     out, rated = ratings
-    held_out, train = (data.read_rows(out / f"{name}.jsonl") for name in ("held_out_pairs", "pairs"))
+    held_out, train = (read_rows(out / f"{name}.jsonl") for name in ("held_out_pairs", "pairs"))
     texts = [row[side] for row in held_out + train for side in ("chosen", "rejected")]
     assert len(held_out) == 30 and len(train) > 60 and len(set(texts)) == len(texts) and set(texts) <= set(rated)
     for row in held_out + train:
-        assert data.check_pair(row, "here")["prompt"] == ""
+        assert check_pair(row, "here").prompt == ""
         a, b = rated[row["chosen"]], rated[row["rejected"]]
         shares = [(x > y) + 0.5 * (x == y) for x, y in itertools.product(a, b)]
         assert row["share"] == pytest.approx(sum(shares) / len(shares), abs=1e-4)
@@ -281,6 +282,7 @@ def test_human_pairs_agree_with_the_ratings(ratings):
     assert all(row["chosen_rating"] > row["rejected_rating"] for row in held_out)
 
 
+@pytest.mark.law
 def test_training_labels_are_as_noisy_as_people():
     """Text A is rated 0 or 2, text B always 1: the mean calls it even but for one rating, the draw is a coin."""
     human_ratings = recipe("human_ratings")
@@ -293,6 +295,7 @@ def test_training_labels_are_as_noisy_as_people():
     assert abs(agree - 8 / 15) < 4 * (0.25 / len(train)) ** 0.5
 
 
+@pytest.mark.law
 @given(st.lists(st.integers(-4, 4), min_size=1, max_size=8), st.lists(st.integers(-4, 4), min_size=1, max_size=8),
        st.integers(0, 99))
 def test_shares_and_draws(first, second, seed):
@@ -307,12 +310,15 @@ def test_shares_and_draws(first, second, seed):
 def test_table_of_judges(ratings, monkeypatch, capsys, tmp_path):
     out, rated = ratings
     judge = {"about": "", "pattern": r"\w+", "intercept": 0.0, "weights": {"good": [1, 1], "bad": [1, -1]}}
-    data.write_text(tmp_path / "words" / "judge.json", json.dumps(judge))
+    write_text(tmp_path / "words" / "judge.json", json.dumps(judge))
     capsys.readouterr()
     run(recipe("human_ratings"), monkeypatch, out, "--score", "golden", tmp_path / "words")
     printed = capsys.readouterr().out
-    pairs = data.read_rows(out / "held_out_pairs.jsonl")
-    order = lambda text: ("bad" not in text) + ("good" in text)  # noqa: E731
+    pairs = read_rows(out / "held_out_pairs.jsonl")
+
+    def order(text):
+        return ("bad" not in text) + ("good" in text)
+
     for gap in (0, 1, 2):
         chosen = [row for row in pairs if row["gap"] >= gap]
         won = sum((a > b) + (a == b) / 2 for row in chosen for a, b in [map(order, (row["chosen"], row["rejected"]))])
@@ -404,8 +410,8 @@ def test_hub_snippets(monkeypatch, tmp_path):
         before = set(tmp_path.rglob("*.jsonl"))
         exec(compile(snippet, "recipes/README.md", "exec"), {})
         (file,) = set(tmp_path.rglob("*.jsonl")) - before
-        pairs = data.read_jsonl(file, ChatTokenizer())
-        assert [(pair["prompt"], pair["chosen"], pair["rejected"]) for pair in pairs] == READ[loaded[-1][0]]
+        pairs = read_jsonl(file, types.SimpleNamespace(tokenizer=ChatTokenizer()))
+        assert [pair[:3] for pair in pairs] == READ[loaded[-1][0]]
     assert [(name, options["split"]) for name, options in loaded] == [
         ("openai/summarize_from_feedback", "train"), ("Anthropic/hh-rlhf", "train"),
         ("HuggingFaceH4/ultrafeedback_binarized", "train_prefs")]

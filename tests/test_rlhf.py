@@ -1,27 +1,31 @@
 """rlhf.py: the reward model, advantages, PPO's and RLOO's gradients against exact enumeration, the command."""
 
 import contextlib
+import functools
 import io
 import itertools
 import json
 import re
 import signal
+from argparse import Namespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_kl_gradient import EOS, PROMPT, RESPONSES, gradient
+from test_kl_gradient import EOS, PROMPT, RESPONSES
 from test_run import SMALL, bytes_of, not_in_the_glossary, start_victim
-from transformers import GPT2Config, GPT2ForSequenceClassification
+from transformers import GPT2ForSequenceClassification
 
 import data
 import lm
 import rlhf
-import task
+import run
+import world
 from judges import load_judge
-from models import random_gpt2
+from models import gradient, random_gpt2
 
+law = pytest.mark.law
 small = st.floats(-5, 5)
 
 
@@ -36,17 +40,17 @@ def ragged(draw):
     return *(torch.tensor(x, dtype=torch.float64) for x in numbers), mask
 
 
-def random_scorer(vocab_size=11, seed=0):
-    torch.manual_seed(seed)
-    return GPT2ForSequenceClassification(GPT2Config(
-        vocab_size=vocab_size, n_positions=64, n_embd=16, n_layer=2, n_head=2, num_labels=1, initializer_range=0.4,
-        bos_token_id=0, eos_token_id=0)).double().train()
+@functools.cache
+def random_scorer():
+    scorer = lm.Scorer.of(random_gpt2(11))
+    torch.nn.init.normal_(scorer.model.score.weight, std=0.4, generator=torch.Generator().manual_seed(0))
+    return scorer
 
 
-# ---------------------------------------------------------------------------------------------------
-# the reward model
+# ---- the reward model
 
 
+@law
 @given(st.lists(small, min_size=1, max_size=5), small)
 def test_reward_loss_is_log_2_without_a_gap_and_ignores_a_shift(rewards, shift):
     r = torch.tensor(rewards, dtype=torch.float64)
@@ -60,29 +64,30 @@ def test_reward_loss_is_log_2_without_a_gap_and_ignores_a_shift(rewards, shift):
 ids = st.lists(st.integers(0, 10), min_size=1, max_size=6)
 
 
+@law
 @given(st.lists(st.tuples(ids, ids), min_size=1, max_size=4))
 def test_score_is_read_at_the_last_token_whatever_the_padding_though_pad_may_be_eos(batch):
     scorer = random_scorer()
     prompts, responses = (list(side) for side in zip(*batch))
-    got = lm.final_scores(scorer, prompts, responses)
-    scorer.eval()
-    for score, prompt, response in zip(got, prompts, responses):
-        hidden = scorer.transformer(torch.tensor([prompt + response])).last_hidden_state[0, -1]
-        assert score.item() == pytest.approx(scorer.score(hidden).item(), abs=1e-5)
+    for score, prompt, response in zip(scorer.final_scores(prompts, responses), prompts, responses):
+        hidden = scorer.model.transformer(torch.tensor([prompt + response])).last_hidden_state[0, -1]
+        assert score.item() == pytest.approx(scorer.model.score(hidden).item(), abs=1e-5)
 
 
+@law
 @given(st.lists(st.tuples(ids, ids), min_size=1, max_size=4))
 def test_value_of_a_state_does_not_see_the_token_chosen_there(batch):
     scorer = random_scorer()
     prompts, responses = (list(side) for side in zip(*batch))
-    values = lm.scores(scorer, prompts, responses)[0][:, :-1]  # (B, T)
+    values = scorer.scores(prompts, responses)[0][:, :-1]  # (B, T)
     changed = [[*response[:-1], (response[-1] + 1) % 11] for response in responses]
-    again = lm.scores(scorer, prompts, changed)[0][:, :-1]
+    again = scorer.scores(prompts, changed)[0][:, :-1]
     last = torch.tensor([len(response) - 1 for response in responses])
     rows = torch.arange(len(batch))
     assert torch.allclose(values[rows, last], again[rows, last], atol=1e-6)
 
 
+@law
 def test_calibration_error_is_small_when_calibrated_and_large_when_overconfident():
     generator = torch.Generator().manual_seed(0)
     true_gap = torch.randn(20_000, generator=generator) * 2
@@ -93,10 +98,10 @@ def test_calibration_error_is_small_when_calibrated_and_large_when_overconfident
     assert rlhf.calibration_error(0.1 * gap) > 0.1
 
 
-# ---------------------------------------------------------------------------------------------------
-# advantages
+# ---- advantages
 
 
+@law
 @given(ragged(), st.floats(0, 1))
 def test_gae_equals_the_slow_double_loop(case, gae_lambda):
     rewards, values, mask = case
@@ -109,6 +114,7 @@ def test_gae_equals_the_slow_double_loop(case, gae_lambda):
         assert got[b, n:].eq(0).all()
 
 
+@law
 @given(ragged())
 def test_gae_with_lambda_1_is_return_minus_value_and_with_0_the_td_error(case):
     rewards, values, mask = case
@@ -118,26 +124,30 @@ def test_gae_with_lambda_1_is_return_minus_value_and_with_0_the_td_error(case):
     assert torch.allclose(rlhf.gae(rewards, values, mask, 0.0), (rewards + following - values) * mask)
 
 
+@law
 @given(ragged())
 def test_whitening_ignores_padding(case):
     x, junk, mask = case
     got = rlhf.whiten(x, mask)
-    assert torch.equal(got, rlhf.whiten(torch.where(mask, x, 1e6 * junk), mask))
+    assert torch.allclose(got, rlhf.whiten(torch.where(mask, x, 1e6 * junk), mask), atol=1e-12)
     assert got[~mask].eq(0).all() and got[mask].mean().item() == pytest.approx(0, abs=1e-6)
     assert rlhf.whiten(torch.full_like(x, 3.0), mask).eq(0).all(), "a constant becomes 0, not NaN"
 
 
+@law
 @given(st.lists(small, min_size=2, max_size=6))
 def test_rloo_advantages_sum_to_zero(rewards):
     advantages = rlhf.rloo_advantages(torch.tensor([rewards], dtype=torch.float64))
     assert advantages.sum().item() == pytest.approx(0, abs=1e-9)
 
 
+@law
 def test_rloo_needs_two_samples():
     with pytest.raises(ValueError, match="at least 2"):
         rlhf.rloo_advantages(torch.zeros(3, 1))
 
 
+@law
 @given(ragged(), st.floats(0, 2))
 def test_token_rewards_sum_to_the_kl_regularised_reward_and_pay_at_the_last_token(case, beta):
     logratios, finals, mask = case
@@ -149,10 +159,10 @@ def test_token_rewards_sum_to_the_kl_regularised_reward_and_pay_at_the_last_toke
     assert all(set(paid[b].nonzero().flatten().tolist()) <= {last[b].item()} for b in range(len(last)))
 
 
-# ---------------------------------------------------------------------------------------------------
-# PPO's clipping
+# ---- PPO's clipping
 
 
+@law
 @pytest.mark.parametrize("ratio, advantage, moves", [
     (1.0, 1, True), (1.0, -1, True), (1.3, 1, False), (0.7, -1, False), (1.3, -1, True), (0.7, 1, True)])
 def test_clipping_stops_the_gradient_exactly_where_the_ratio_has_gone_far_enough(ratio, advantage, moves):
@@ -164,23 +174,16 @@ def test_clipping_stops_the_gradient_exactly_where_the_ratio_has_gone_far_enough
         assert slope.item() == pytest.approx(-ratio * advantage, rel=1e-5)
 
 
+@law
 def test_value_clipping_takes_the_worse_of_the_two_errors():
-    loss = lambda v: rlhf.value_loss(torch.tensor(v), torch.tensor(0.0), torch.tensor(2.0), 0.5).item()  # noqa: E731
-    assert loss(0.3) == pytest.approx(0.5 * 1.7**2)
-    assert loss(1.5) == pytest.approx(0.5 * 1.5**2), "beyond the clip there is nothing to gain"
-    assert loss(-1.5) == pytest.approx(0.5 * 3.5**2), "moving the wrong way is charged in full"
+    values, old, returns = torch.tensor([0.3, 1.5, -1.5]), torch.zeros(3), torch.full((3,), 2.0)
+    inside, beyond, away = rlhf.value_loss(values, old, returns, clip=0.5).tolist()
+    assert inside == pytest.approx(0.5 * 1.7**2)
+    assert beyond == pytest.approx(0.5 * 1.5**2), "beyond the clip there is nothing to gain"
+    assert away == pytest.approx(0.5 * 3.5**2), "moving the wrong way is charged in full"
 
 
-@given(st.floats(0.01, 1), st.floats(0, 50), st.floats(0.5, 20))
-def test_adapted_beta_stays_positive_and_moves_by_at_most_2_percent_the_right_way(beta, kl, target):
-    before = torch.tensor(beta)
-    after = rlhf.adapted_beta(before, torch.tensor(kl), target)
-    assert 0.98 * before * 0.999 <= after <= 1.02 * before * 1.001
-    assert (after >= before) if kl > target else (after <= before)
-
-
-# ---------------------------------------------------------------------------------------------------
-# the gradient of J, by enumeration of all 15 responses of at most 3 tokens, float64
+# ---- the gradient of J, by enumeration of all 15 responses of at most 3 tokens, float64
 
 BETA = 0.3
 
@@ -191,29 +194,32 @@ def exact():
     policy, ref = random_gpt2(3, seed=3), random_gpt2(3, seed=4)
     prompts = [PROMPT] * len(RESPONSES)
     rewards = torch.randn(len(RESPONSES), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    log_pi = lm.logps(policy, prompts, RESPONSES)
-    log_ref = lm.logps(ref, prompts, RESPONSES).detach()
+    log_pi = policy.logps(prompts, RESPONSES)
+    log_ref = ref.logps(prompts, RESPONSES).detach()
     J = (log_pi.exp() * (rewards - BETA * (log_pi - log_ref))).sum()
     return policy, ref, rewards, gradient(J, policy)
 
 
+@law
 @pytest.mark.parametrize("k", [2, 3])
 def test_expected_rloo_gradient_is_the_gradient_of_J(exact, k):
     policy, ref, rewards, want = exact
     prompts = [PROMPT] * len(RESPONSES)
-    log_pi = lm.logps(policy, prompts, RESPONSES)
-    regularised = (rewards - BETA * (log_pi - lm.logps(ref, prompts, RESPONSES))).detach()
+    log_pi = policy.logps(prompts, RESPONSES)
+    regularised = (rewards - BETA * (log_pi - ref.logps(prompts, RESPONSES))).detach()
     groups = torch.tensor(list(itertools.product(range(len(RESPONSES)), repeat=k)))  # (15^k, k)
     probability = log_pi.detach()[groups].sum(1).exp()
-    expected = lambda advantages: gradient(  # noqa: E731
-        (probability * (advantages * log_pi[groups]).mean(1)).sum(), policy)
+
+    def expected(advantages):
+        return gradient((probability * (advantages * log_pi[groups]).mean(1)).sum(), policy)
+
     assert torch.allclose(expected(rlhf.rloo_advantages(regularised[groups])), want, atol=1e-8)
     # negative control: a mean that includes the sample
     biased = regularised[groups] - regularised[groups].mean(1, keepdim=True)
     assert (expected(biased) - want).norm() / want.norm() > 0.1
 
 
-def exact_values(log_pi, rewards, tokens):
+def exact_values(log_pi, rewards):
     """(15, 3) V(s_t): expected sum of the rewards from token t on, over all responses with that prefix."""
     to_go = rewards.flip(1).cumsum(1).flip(1)  # (15, 3)
     values = torch.zeros_like(rewards)
@@ -225,34 +231,40 @@ def exact_values(log_pi, rewards, tokens):
     return values
 
 
+@law
 @pytest.mark.parametrize("gae_lambda", [0.0, 0.95, 1.0])
 def test_expected_ppo_gradient_at_ratio_1_with_exact_values_is_the_gradient_of_J(exact, gae_lambda):
     policy, ref, final_rewards, want = exact
     prompts = [PROMPT] * len(RESPONSES)
-    tokens, mask = lm.token_logps(policy, prompts, RESPONSES)
-    old = tokens.detach()
-    logratios = old - lm.token_logps(ref, prompts, RESPONSES)[0].detach()
-    probability = old.sum(1).exp()
+    with torch.no_grad():
+        old, mask = policy.token_logps(prompts, RESPONSES)
+        logratios = old - ref.token_logps(prompts, RESPONSES)[0]
+    probability, value = old.sum(1).exp(), lm.Scorer.of(policy)
+    order = torch.randperm(len(RESPONSES), generator=torch.Generator().manual_seed(0))
 
     def expected(rewards, values):
         advantages = rlhf.gae(rewards, values, mask, gae_lambda)
-        loss = (rlhf.ppo_loss(tokens, old, advantages, clip=0.2) * mask).sum(1)  # (15,)
-        return -gradient((probability * loss).sum(), policy)
+        weighted = len(RESPONSES) * probability[:, None] * advantages  # the objective's mean is then the expectation
+        rolled = rlhf.Rollout(prompts, RESPONSES, mask, old, rewards, {})
+        loss, metrics = rlhf.ppo_objective(policy, value, rolled, values, weighted, advantages + values, order)
+        assert metrics["ratio_error"] < 1e-12
+        return -gradient(loss, policy)
 
     rewards = rlhf.token_rewards(final_rewards, logratios, mask, BETA)
-    values = exact_values(old.sum(1), rewards, tokens)
+    values = exact_values(old.sum(1), rewards)
     assert torch.allclose(expected(rewards, values), want, atol=1e-8)
     # negative controls: the KL charged with the wrong sign; and, unless lambda is 1, values that are not exact
     wrong = rlhf.token_rewards(final_rewards, -logratios, mask, BETA)
-    assert (expected(wrong, exact_values(old.sum(1), wrong, tokens)) - want).norm() / want.norm() > 0.1
+    assert (expected(wrong, exact_values(old.sum(1), wrong)) - want).norm() / want.norm() > 0.1
     biased = (expected(rewards, torch.zeros_like(values)) - want).norm() / want.norm()
     assert biased < 1e-8 if gae_lambda == 1 else biased > 0.01
 
 
+@law
 @given(st.lists(st.floats(-1, 1), min_size=15, max_size=15), st.floats(0.05, 5), st.floats(0.1, 3))
 def test_kl_of_the_exact_optimum_is_at_most_2_reward_bounds_over_beta(rewards, beta, bound):
     """Lemma 4.1 on the responses of a real model: pi proportional to pi_ref exp(r / beta), |r| <= R'."""
-    log_ref = lm.logps(REF, [PROMPT] * len(RESPONSES), RESPONSES).detach()
+    log_ref = REF.logps([PROMPT] * len(RESPONSES), RESPONSES).detach()
     r = bound * torch.tensor(rewards, dtype=torch.float64)
     log_pi = (log_ref + r / beta).log_softmax(0)
     kl = (log_pi.exp() * (log_pi - log_ref)).sum().item()
@@ -262,8 +274,7 @@ def test_kl_of_the_exact_optimum_is_at_most_2_reward_bounds_over_beta(rewards, b
 REF = random_gpt2(3, seed=4)
 
 
-# ---------------------------------------------------------------------------------------------------
-# the command
+# ---- the command
 
 MORE = ["--reward-epochs", "3", "--epochs", "2", "--minibatches", "2"]
 
@@ -282,12 +293,12 @@ def main(model_dir, out):
                "--reward-clip", "2"])
 
 
-def test_the_first_ratio_is_exactly_1_with_dropout_configured(whole):
+def test_the_first_ratio_is_1_with_dropout_configured(whole):
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 10
-    assert [line["first_ratio_error"] for line in lines[1:]] == [0.0] * 9
-    assert any(line["ratio_error"] > 0 for line in lines[1:]), "and later ratios are not"
-    assert lines[1]["online_kl"] == 0 and lines[-1]["reverse_kl"] > 0
+    assert all(line["first_ratio_error"] < 1e-5 for line in lines[1:])
+    assert any(line["ratio_error"] > 1e-4 for line in lines[1:]), "and later ratios are not"
+    assert abs(lines[1]["online_kl"]) < 1e-4 and lines[-1]["reverse_kl"] > 0
 
 
 def test_every_metric_is_in_the_glossary(whole):
@@ -301,16 +312,18 @@ def test_the_reward_model_starts_at_log_2_and_serves_as_a_judge(whole):
     directory = whole / "reward" / "model"
     model = GPT2ForSequenceClassification.from_pretrained(directory)
     assert model.config.num_labels == 1 and model.config.reward_clip == 2
-    prompts, _ = data.world_prompts()
-    _, tokenizer = lm.load(str(whole / "policy"))
+    prompts, _ = world.world_prompts()
+    policy = lm.LM.load(str(whole / "policy"))
     rewards = load_judge(str(directory))(prompts[:5], [" dull."] * 5)
     for prompt, reward in zip(prompts, rewards):
-        plain = model(torch.tensor([lm.encode_prompt(tokenizer, prompt) + lm.encode_response(tokenizer, " dull.", 9)]))
+        plain = model(torch.tensor([policy.encode_prompt(prompt) + policy.encode_response(" dull.", 9)]))
         assert reward == pytest.approx(min(2, max(-2, plain.logits.item() - model.config.reward_center)), abs=1e-4)
 
 
 def test_ppo_killed_and_resumed_equals_uninterrupted(model_dir, tmp_path):
-    arguments = lambda out: ["--model", str(model_dir), "--out", str(out), *SMALL, *MORE, "--target-kl", "1"]  # noqa: E731
+    def arguments(out):
+        return ["--model", str(model_dir), "--out", str(out), *SMALL, *MORE]
+
     rlhf.main(arguments(tmp_path / "whole"))
     # 10 pairs, 3 epochs, batches of 4: 8 reward steps; then 2 updates twice a PPO step: die in PPO's step 5
     process = start_victim("rlhf", "step", 8 + 4 * 4 + 2, arguments(tmp_path / "killed"))
@@ -346,31 +359,28 @@ def test_stage_ppo_again_takes_the_reward_model_along_and_keeps_the_earlier_run(
 
 
 def test_stage_ppo_without_a_reward_model_says_what_to_do(model_dir, tmp_path):
-    with pytest.raises(ValueError, match="--stage reward"):
+    with pytest.raises(run.UserError, match="--stage reward"):
         rlhf.main(["--model", str(model_dir), "--out", str(tmp_path / "r"), *SMALL, "--stage", "ppo"])
 
 
-def test_a_response_without_eos_is_charged_and_one_with_it_is_not(policy, ref):
-    class Tokenizer:
-        eos_token_id = EOS
-        bos_token_id = None
-        decode = staticmethod(lambda ids, **kwargs: "")
-        encode = staticmethod(lambda text, add_special_tokens: [1, 2])
-        __call__ = staticmethod(lambda text: type("Encoding", (), {"input_ids": [1]}))
-
-    import argparse
-    args = argparse.Namespace(max_new_tokens=3, eos_penalty=5.0, seed=0, device="cpu")
-    rolled = rlhf.roll_out(policy, ref, Tokenizer(), ["a"] * 40, lambda p, r: [1.0] * len(p), 0.1, args, 1)
-    ended = torch.tensor([response[-1] == EOS for response in rolled["responses"]])
+@law
+def test_a_rollout_charges_the_kl_and_a_response_without_eos(policy, ref):
+    args = Namespace(max_new_tokens=3, eos_penalty=5.0, beta=0.1)
+    judge = world.Judge("constant", lambda prompts, texts: [1.0] * len(prompts))
+    rolled = rlhf.roll_out(policy, ref, ["aa ab"] * 40, judge, torch.Generator().manual_seed(1), args)
+    ended = torch.tensor([response[-1] == EOS for response in rolled.responses])
     assert 0 < ended.sum() < 40
-    assert torch.equal(rolled["final_rewards"], torch.where(ended, 1.0, -4.0))
+    logratios = policy.logps(rolled.prompts, rolled.responses) - ref.logps(rolled.prompts, rolled.responses)
+    uncharged = rolled.rewards.sum(1) + args.beta * logratios
+    assert torch.allclose(uncharged, torch.where(ended, 1.0, -4.0).double(), atol=1e-6)
+    assert rolled.metrics["online_kl"].item() == pytest.approx(logratios.mean().item())
 
 
 @pytest.mark.parametrize("more", [[], ["--rloo"]], ids=["ppo", "rloo"])
 def test_training_raises_the_reward_it_is_given(more, model_dir, tmp_path, monkeypatch):
     """A judge that likes the word "superb"; a sign lost between the loss and the loop would shun it."""
-    monkeypatch.setattr(task, "load_judge", lambda name, device: lambda prompts, texts: [
-        float("superb" in text) for text in texts])
+    judge = world.Judge("superb", lambda prompts, texts: [float("superb" in text) for text in texts])
+    monkeypatch.setattr(data, "load_judge", lambda name, device: judge)
     rlhf.main(["--model", str(model_dir), "--out", str(tmp_path / "r"), *SMALL, "--steps", "40", "--eval-every", "40",
                "--batch-size", "32", "--beta", "0", "--judge", "any", *more])
     lines = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()[1:]

@@ -3,25 +3,22 @@
 TRL is large and no requirement of this project; where it is missing, these tests are skipped.
 """
 
-import argparse
-import json
+import importlib.util
+from argparse import Namespace
 
 import pytest
 import torch
 
 import data
 import dpo
+import fast
 import lm
 import run
+import world
 from models import random_model
 
-try:
-    import accelerate  # noqa: F401
-    import datasets
-    from trl import DPOConfig, DPOTrainer
-except ImportError:
-    pytest.skip("needs trl==1.16.0 datasets accelerate: pip install trl==1.16.0 datasets accelerate",
-                allow_module_level=True)
+if not all(map(importlib.util.find_spec, ("trl", "datasets", "accelerate"))):
+    pytest.skip("needs TRL: pip install trl==1.16.0 datasets accelerate", allow_module_level=True)
 
 STEPS, BATCH, LONGEST = 20, 4, 24
 
@@ -29,34 +26,43 @@ STEPS, BATCH, LONGEST = 20, 4, 24
 @pytest.fixture(scope="module", params=["gpt2", "llama"])
 def directory(request, tmp_path_factory):
     """A model directory, and beside it pairs.jsonl with 24 pairs of the world: two responses to each prompt."""
-    corpus = data.sft_corpus(2000)
+    corpus = world.sft_corpus(2000)
     tokenizer = lm.word_tokenizer([text for pair in corpus for text in pair])
     directory = tmp_path_factory.mktemp(request.param) / "model"
-    lm.save(random_model(request.param, len(tokenizer), dtype=torch.float32), tokenizer, directory)
+    random_model(request.param, tokenizer, dtype=torch.float32).save(directory)
     pairs = [{"prompt": prompt, "chosen": chosen, "rejected": rejected}
              for (prompt, chosen), (_, rejected) in zip(corpus[:24], corpus[1000:])]
-    data.write_jsonl(directory.with_name("pairs.jsonl"), pairs)
+    run.write_rows(directory.with_name("pairs.jsonl"), pairs)
     return directory
+
+
+def in_order(pairs, **changes) -> list:
+    """The pairs as the steps of a run take them."""
+    args = Namespace(**{**dict(batch_size=BATCH, seed=0), **changes})
+    return [pair for step in range(1, STEPS + 1) for pair in run.Step(step, args).minibatch(pairs)]
 
 
 def train_ours(directory, out, **changes):
     """(policy, its token ids of every pair in the order of training, (STEPS, 2) losses and gradient norms)."""
-    args = argparse.Namespace(**{**dict(
+    args = Namespace(**{**dict(
         loss="dpo", beta=0.1, length_average=False, lr=1e-3, max_grad_norm=1.0, batch_size=BATCH, steps=STEPS,
         eval_every=STEPS, seed=0, device="cpu", resume=False, out=out), **changes})
     out.mkdir()
-    policy, tokenizer = lm.load(str(directory))
-    pairs = lm.encode_pairs(policy, tokenizer, data.read_jsonl(directory.with_name("pairs.jsonl"), tokenizer), LONGEST)
-    dpo.train(policy, dpo.offline(lm.frozen_copy(policy), pairs, args), lambda policy: {}, args)
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[1:]]
-    order = [row for step in range(1, STEPS + 1) for row in run.minibatch(pairs, args, step)]
-    return policy, order, torch.tensor([[line["loss"], line["grad_norm"]] for line in lines])
+    policy = fast.FastLM.load(str(directory))
+    texts = data.read_jsonl(directory.with_name("pairs.jsonl"), policy)
+    pairs = data.add_ref_logps(policy.frozen_copy(), data.encode(policy, texts, LONGEST))
+    dpo.train(policy, lambda step: step.minibatch(pairs), lambda policy: {}, args)
+    lines = run.read_rows(out / "metrics.jsonl")[1:]
+    return policy.model, [pair[:3] for pair in in_order(pairs)], torch.tensor(
+        [[line["loss"], line["grad_norm"]] for line in lines])
 
 
 def train_trl(directory, out, **changes):
     """The same of TRL: its defaults, less what would make another algorithm of it."""
-    pairs, order = data.read_rows(directory.with_name("pairs.jsonl")), argparse.Namespace(batch_size=BATCH, seed=0)
-    rows = [row for step in range(1, STEPS + 1) for row in run.minibatch(pairs, order, step)]
+    import datasets
+    from trl import DPOConfig, DPOTrainer
+
+    rows = in_order(run.read_rows(directory.with_name("pairs.jsonl")))
     config = DPOConfig(**{**dict(
         output_dir=str(out), beta=0.1, learning_rate=1e-3, lr_scheduler_type="constant", max_grad_norm=1.0,
         per_device_train_batch_size=BATCH, num_train_epochs=1, train_sampling_strategy="sequential",
@@ -64,11 +70,9 @@ def train_trl(directory, out, **changes):
         disable_tqdm=True), **changes})
     trainer = DPOTrainer(str(directory), args=config, train_dataset=datasets.Dataset.from_list(rows))
     trainer.train()
-    policy = trainer.model
-    rows = [{"prompt": row["prompt_ids"], "chosen": row["chosen_ids"], "rejected": row["rejected_ids"]}
-            for row in trainer.train_dataset]
-    return policy, rows, torch.tensor([[line["loss"], line["grad_norm"]] for line in trainer.state.log_history
-                                       if "grad_norm" in line])
+    ids = [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in trainer.train_dataset]
+    return trainer.model, ids, torch.tensor(
+        [[line["loss"], line["grad_norm"]] for line in trainer.state.log_history if "grad_norm" in line])
 
 
 def distance(a, b) -> float:
@@ -101,7 +105,7 @@ def test_every_step_and_the_parameters_after_them_are_those_of_trl(directory, lo
     assert torch.allclose(steps[0], trl_steps[0], rtol=1e-5, atol=0)
     assert torch.allclose(steps, trl_steps, rtol=1e-3, atol=0)
 
-    start, _ = lm.load(str(directory))
+    start = lm.LM.load(str(directory)).model
     moved = distance(trl_policy, start)
     assert moved > 0.3 and distance(policy, trl_policy) < 1e-4 * moved
     # negative controls: what is slightly other ends at least ten times as far away
