@@ -1,8 +1,7 @@
-"""The theory's statements on random instances, their tightness, controls that must fail, and the measuring command."""
+"""The theory's statements on random instances, their tightness, and controls that must fail."""
 
 import ast
 import itertools
-import json
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -13,49 +12,45 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import coverage
-import lm
 from coverage import (
     INF,
     Bandit,
     J,
+    Statement,
     V,
     dpo,
-    estimate,
+    dpo_global,
+    eps_dpo,
+    eps_reward,
+    equality,
     finite_sample,
     finite_sample_error,
     gap,
     global_coverage,
-    gradient_path,
     holds,
-    hypo_loss,
+    hypo_local,
     implicit_reward,
+    inequality,
     ipo,
     kl,
-    linear_example,
+    lemma_4_1,
     local_coverage,
     log_partition,
     mean,
-    minimize,
     nearest_to_ref,
+    one_prompt,
     optimal_policy,
     pairwise_error,
     pointwise_error,
     policy_coverage,
     preference_loss,
     proposition_4_1,
-    sampled,
+    slides_construction,
     t0a_gap_is_kl,
     t0b_gap_is_variance,
-    t1a_reward_error,
-    t1b_cauchy_schwarz,
-    t1c_coverage,
-    t1d_paper_form,
-    t2_dpo_global,
+    t1_chain,
     t3a_kl_of_tilt,
-    t3b_lemma_4_1,
     t3c_ratio_of_tilt,
-    t4_rlhf_local,
-    t5_hypo_constraint,
     t6_hypo_kl,
     t6_hypo_loss,
     t7_fast_rate,
@@ -64,16 +59,24 @@ from coverage import (
     t9_kl,
     t10_log_loss,
     t11_linear,
-    tabular_limit,
-    three_responses,
+    theorem_4_2,
     tilt,
+    with_unseen_mass,
+)
+from experiments.coverage_pictures import (
+    gradient_path,
+    hypo_loss,
+    linear_example,
+    minimize,
+    proof_bandit,
+    tabular_limit,
     train_hypo,
     train_log_linear,
     train_offline,
     train_rlhf,
-    with_unseen_mass,
 )
-from models import random_gpt2
+
+pytestmark = pytest.mark.law
 
 few = settings(max_examples=max(10, settings().max_examples // 20))  # where an example trains a policy
 
@@ -132,31 +135,36 @@ def cases(draw, zeros=True, prompts=3):
     return Case(Bandit(rho, ref, mu, reward, beta), r_hat, draw(policies(n_x, n_y, zeros)))
 
 
+def t1(b, r_hat) -> dict:
+    """The sides of t1_chain by name."""
+    names = ("gap", "t1a", "t1b", "t1c", "sqrt(C eps)", "t1d", "C sqrt(eps)")
+    return dict(zip(names, t1_chain(b, r_hat), strict=True))
+
+
 def check(statement, *args):
     sides = statement(*args)
-    assert not any(side.isnan().any() for side in sides), f"{statement.__name__}: {sides}"
-    assert holds(statement, sides), f"{statement.__doc__.splitlines()[0]}\nis violated: {sides}"
+    assert not any(side.isnan().any() for side in sides), f"{statement.text}: {sides}"
+    assert holds(statement, sides), f"{statement.text}\nis violated: {sides}"
 
 
-OF_REWARD = [t1a_reward_error, t1b_cauchy_schwarz, t1c_coverage, t1d_paper_form, t3a_kl_of_tilt, t3b_lemma_4_1,
-             t3c_ratio_of_tilt, t4_rlhf_local, t7_fast_rate, t10_log_loss]
-OF_POLICY = [t0a_gap_is_kl, t2_dpo_global, t5_hypo_constraint]
+OF_REWARD = [t1_chain, t3a_kl_of_tilt, lemma_4_1, t3c_ratio_of_tilt, theorem_4_2, t7_fast_rate, t10_log_loss]
+OF_POLICY = [t0a_gap_is_kl, proposition_4_1, dpo_global, hypo_local]
 OF_BOTH = [t8_value, t9_approximate, t9_kl]
 
 
-@pytest.mark.parametrize("statement", OF_REWARD, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("statement", OF_REWARD, ids=lambda s: s.sides.__name__)
 @given(case=cases())
 def test_statements_about_a_reward(statement, case):
     check(statement, case.b, case.r_hat)
 
 
-@pytest.mark.parametrize("statement", OF_POLICY, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("statement", OF_POLICY, ids=lambda s: s.sides.__name__)
 @given(case=cases())
 def test_statements_about_a_policy(statement, case):
     check(statement, case.b, case.pi)
 
 
-@pytest.mark.parametrize("statement", OF_BOTH, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("statement", OF_BOTH, ids=lambda s: s.sides.__name__)
 @given(case=cases())
 def test_statements_about_both(statement, case):
     check(statement, case.b, case.r_hat, case.pi)
@@ -180,7 +188,7 @@ def test_t6_hypo_with_a_penalty(case, lam, data):
     pi_lam = train_hypo(b, lam, b.ref)
     for statement, args in ((t6_hypo_kl, ()), (t6_hypo_loss, (lam,))):
         sides = statement(b, pi_lam, *args)
-        assert holds(statement, sides, 1e-6), (statement.__name__, sides)
+        assert holds(statement, sides, 1e-6), (statement.text, sides)
 
 
 @given(case=cases(), data=st.data(), dimension=st.integers(1, 3))
@@ -221,18 +229,21 @@ def test_t0b_to_machine_precision(case):
 def test_t1a_slack_is_a_kl(case):
     """So T1a cannot be loosened by mistake: its slack is known exactly."""
     b, pi_hat = case.b, tilt(case.b.ref, case.r_hat, case.b.beta)
-    lhs, rhs = t1a_reward_error(b, case.r_hat)
+    lhs, rhs = t1_chain(b, case.r_hat)[:2]
     assert abs(rhs - lhs - b.beta * kl(b.rho, optimal_policy(b), pi_hat)) < 1e-13 * scale(case)
 
 
 @given(case=cases())
 def test_pairwise_error_is_twice_the_pointwise_and_sees_no_constant(case):
-    b, error = case.b, lambda r_hat, f=pairwise_error: f(case.b.rho, case.b.mu, case.b.reward, r_hat)
-    eps = error(case.r_hat)
-    assert close(eps, 2 * error(case.r_hat, pointwise_error), 1e-11)
-    assert close(eps, error(case.r_hat + 7.0), 1e-11)
-    uncentred = mean(b.rho, b.mu, (b.reward - case.r_hat).square())  # Assumption 4.3 as the slides print it
-    assert eps / 2 <= uncentred + 1e-11 * scale(case) ** 2
+    b = case.b
+    eps = eps_reward(b, case.r_hat)
+    assert close(eps, pairwise_error(b.rho, b.mu, b.reward, case.r_hat), 0)
+    assert close(eps, 2 * pointwise_error(b.rho, b.mu, b.reward, case.r_hat), 1e-11)
+    assert close(eps, eps_reward(b, case.r_hat + 7.0), 1e-11)
+    zero = torch.zeros_like(b.rho)  # with c = 0: Assumption 4.3 as Theorem 4.2 on the slides prints it
+    printed = pointwise_error(b.rho, b.mu, b.reward, case.r_hat, zero)
+    assert close(printed, mean(b.rho, b.mu, (b.reward - case.r_hat).square()), 1e-11)
+    assert eps / 2 <= printed + 1e-11 * scale(case) ** 2
 
 
 @given(case=cases())
@@ -246,13 +257,13 @@ def test_optimal_policy_and_implicit_reward(case):
 
 
 def test_extreme_beta():
-    b = three_responses((1.0, 0.5, 0.0), (0.2, 0.3, 0.5))
+    b = one_prompt((1.0, 0.5, 0.0), (0.2, 0.3, 0.5))
     assert close(J(b._replace(beta=1e6), optimal_policy(b._replace(beta=1e6))), V(b, b.ref), 1e-5)
     assert close(J(b._replace(beta=1e-4), optimal_policy(b._replace(beta=1e-4))), 1.0, 1e-3)
 
 
 def test_infinities():
-    b = three_responses((1.0, 0.0, 0.0), (0.5, 0.5, 0.0))
+    b = one_prompt((1.0, 0.0, 0.0), (0.5, 0.5, 0.0))
     astray = table([[0.5, 0.4, 0.1]]).log()
     assert kl(b.rho, astray, b.ref) == INF and J(b, astray) == -INF and V(b, astray) == 0.5
     assert global_coverage(b.rho, b.mu) == policy_coverage(b.rho, astray, b.mu) == INF
@@ -270,6 +281,11 @@ def test_no_policy_in_the_ball_exceeds_local_coverage(case):
     assert policy_coverage(b.rho, pi, b.ref) <= c * (1 + 1e-6)
 
 
+def coin_kl(a: float, p: float) -> float:
+    """KL between coins of probability a and p."""
+    return sum(u * math.log(u / v) for u, v in ((a, p), (1 - a, 1 - p)) if u > 0)
+
+
 @given(case=cases(), eps_kl=st.floats(1e-4, 20))
 def test_local_coverage_is_attained_by_a_policy_in_the_ball(case, eps_kl):
     b, best = case.b, 0.0
@@ -277,11 +293,10 @@ def test_local_coverage_is_attained_by_a_policy_in_the_ball(case, eps_kl):
         p, rho = b.ref[x, y].exp().item(), b.rho[x].item()
         if rho == 0 or p == 0:
             continue
-        cost = lambda a: sum(u * math.log(u / v) for u, v in ((a, p), (1 - a, 1 - p)) if u > 0)  # noqa: B023, E731
         low, high = min(p, 1.0), 1.0
         for _ in range(100):
             middle = (low + high) / 2
-            low, high = (middle, high) if p >= 1 or cost(middle) * rho <= eps_kl else (low, middle)
+            low, high = (middle, high) if p >= 1 or coin_kl(middle, p) * rho <= eps_kl else (low, middle)
         pi = b.ref.clone()  # a on y, the rest as pi_ref has it
         pi[x] = -INF if p >= 1 else b.ref[x] + math.log1p(-low) - math.log1p(-p) if low < 1 else -INF
         pi[x, y] = math.log(low)
@@ -293,7 +308,10 @@ def test_local_coverage_is_attained_by_a_policy_in_the_ball(case, eps_kl):
 @given(case=cases())
 def test_local_coverage_grows_from_1_to_the_global_one(case):
     b = case.b
-    at = lambda eps_kl: local_coverage(b.rho, b.ref, eps_kl)  # noqa: E731
+
+    def at(eps_kl):
+        return local_coverage(b.rho, b.ref, eps_kl)
+
     assert close(at(0.0), 1, 1e-7) and at(INF) == global_coverage(b.rho, b.ref)
     radii = [0.0, 1e-3, 0.1, 1.0, 30 / b.rho[b.rho > 0].min().item()]
     values = [at(eps_kl).item() for eps_kl in radii]
@@ -315,92 +333,97 @@ def test_cauchy_schwarz_is_an_equality_for_two_responses():
         draw = torch.Generator().manual_seed(seed)
         ref, mu, reward, r_hat = torch.randn(4, 1, 2, generator=draw, dtype=torch.float64)
         b = Bandit(torch.ones(1).double(), ref.log_softmax(-1), mu.log_softmax(-1), reward, 0.7)
-        assert tightness(t1b_cauchy_schwarz, b, r_hat) == pytest.approx(1, abs=1e-10)
+        found = t1(b, r_hat)
+        assert (found["t1a"] / found["t1b"]).item() == pytest.approx(1, abs=1e-10)
 
 
 def test_one_dimensional_linear_rewards_make_t11_the_slack_of_t1a():
-    b = three_responses((0.0, 0.0, 0.0), (0.2, 0.3, 0.5), mu=(0.4, 0.3, 0.3))
+    b = one_prompt((0.0, 0.0, 0.0), (0.2, 0.3, 0.5), mu=(0.4, 0.3, 0.3))
     phi, star, theta = table([[[0.3], [-1.0], [0.7]]]), table([2.0]), table([-1.0])
-    a = t1a_reward_error(b._replace(reward=phi @ star), phi @ theta)[1]
+    a = t1(b._replace(reward=phi @ star), phi @ theta)["t1a"]
     assert t11_linear(b, phi, star, theta)[1].item() == pytest.approx(a.item(), rel=1e-12)
     assert t11_linear(b._replace(mu=table([[1.0, 0.0, 0.0]]).log()), phi, star, theta)[1] == INF, "no pair shows phi"
 
 
 def test_the_coverage_bounds_are_nearly_attained():
     """r* = (10000, 0), pi_hat = (1/1000, 999/1000): the gap is nearly sqrt(C eps), and C = 2."""
-    b = three_responses((1e4, 0.0), (0.5, 0.5), mu=(0.5, 0.5))
+    b = one_prompt((1e4, 0.0), (0.5, 0.5), mu=(0.5, 0.5))
     r_hat = table([[-math.log(999), 0.0]])
     pi_hat = tilt(b.ref, r_hat, b.beta)
-    assert tightness(t1a_reward_error, b, r_hat) > 0.99
-    for statement, args in ((t4_rlhf_local, (r_hat,)), (t2_dpo_global, (pi_hat,)), (t5_hypo_constraint, (pi_hat,)),
+    assert tightness(t1_chain, b, r_hat) > 0.99
+    for statement, args in ((theorem_4_2, (r_hat,)), (dpo_global, (pi_hat,)), (hypo_local, (pi_hat,)),
                             (t8_value, (r_hat, optimal_policy(b))), (t9_approximate, (r_hat, pi_hat))):
-        assert 0.99 < tightness(statement, b, *args) <= 1, statement.__name__
-    assert 0.99 < tightness(t1c_coverage, b, r_hat, side=2) <= tightness(t1c_coverage, b, r_hat, side=1) <= 1
-    for statement, args in ((t1d_paper_form, (r_hat,)), (t4_rlhf_local, (r_hat,)), (t2_dpo_global, (pi_hat,)),
-                            (t5_hypo_constraint, (pi_hat,))):
-        assert tightness(statement, b, *args, side=2) == pytest.approx(2 ** -0.5, rel=0.01), statement.__name__
+        assert 0.99 < tightness(statement, b, *args) <= 1, statement.text
+    found = t1(b, r_hat)
+    assert 0.99 < found["t1b"] / found["sqrt(C eps)"] <= found["t1b"] / found["t1c"] <= 1
+    assert (found["sqrt(C eps)"] / found["C sqrt(eps)"]).item() == pytest.approx(2 ** -0.5, rel=0.01)
+    for statement, args in ((theorem_4_2, (r_hat,)), (dpo_global, (pi_hat,)), (hypo_local, (pi_hat,))):
+        assert tightness(statement, b, *args, side=2) == pytest.approx(2 ** -0.5, rel=0.01), statement.text
     c_star, c_hat, eps = 2.0, 2 * 0.999, (1e4 + math.log(999)) ** 2 / 2
-    assert close(t1d_paper_form(b, r_hat)[1], math.sqrt(c_star * c_hat * eps), 1e-9)
+    assert close(found["t1d"], math.sqrt(c_star * c_hat * eps), 1e-9)
 
 
 def test_coverage_is_by_the_pairs():
     """Where mu misses a response there is no bound, whatever pi_ref covers; and C has 1 / mu, not 1 / pi_ref."""
-    b, r_hat = three_responses((1.0, 0.0, 0.0), (0.5, 0.3, 0.2)), table([[0.0, 1.0, 0.0]])
+    b, r_hat = one_prompt((1.0, 0.0, 0.0), (0.5, 0.3, 0.2)), table([[0.0, 1.0, 0.0]])
     for mu, c in (((0.5, 0.5, 0.0), INF), ((0.45, 0.45, 0.1), 10.0)):
         b = b._replace(mu=table([mu]).log(), beta=0.1)
         pi_hat = tilt(b.ref, r_hat, b.beta)  # radius 20 nats: the ball holds every policy
-        for statement, arg in ((t2_dpo_global, pi_hat), (t4_rlhf_local, r_hat)):
+        for statement, arg in ((dpo_global, pi_hat), (theorem_4_2, r_hat)):
             eps = pairwise_error(b.rho, b.mu, b.reward, r_hat)
-            assert close(statement(b, arg)[1], (c * eps) ** 0.5, 1e-9), statement.__name__
-            assert close(statement(b, arg)[2], c * eps ** 0.5, 1e-9), statement.__name__
+            assert close(statement(b, arg)[1], (c * eps) ** 0.5, 1e-9), statement.text
+            assert close(statement(b, arg)[2], c * eps ** 0.5, 1e-9), statement.text
         radius = torch.maximum(kl(b.rho, pi_hat, b.ref), kl(b.rho, optimal_policy(b), b.ref))
         local = local_coverage(b.rho, b.ref, radius, b.mu)
-        assert close(t5_hypo_constraint(b, pi_hat)[1], (local * eps) ** 0.5, 1e-9) and (local == INF) == (c == INF)
+        assert close(hypo_local(b, pi_hat)[1], (local * eps) ** 0.5, 1e-9) and (local == INF) == (c == INF)
 
 
 @pytest.mark.parametrize("size", [0.2, 3.0])
 def test_radii_of_the_balls(size):
     """max(2R', R) / beta in T4, with e in T9; the larger of KL(pi) and KL(pi*) in T5: either may be the larger."""
-    b = three_responses((1.0, 0.0, 0.3), (0.5, 0.3, 0.2), mu=(0.5, 0.3, 0.2), beta=10.0)
+    b = one_prompt((1.0, 0.0, 0.3), (0.5, 0.3, 0.2), mu=(0.5, 0.3, 0.2), beta=10.0)
     r_hat = size * table([[0.0, 1.0, -0.5]])
     pi = tilt(b.ref, 1.1 * r_hat, b.beta)
-    bound = lambda r, radius: (local_coverage(b.rho, b.ref, radius) * error_of(b, r)).sqrt()  # noqa: E731
-    assert close(t4_rlhf_local(b, r_hat)[1], bound(r_hat, max(2 * size, 1) / 10))
+
+    def bound(r, radius):
+        return (local_coverage(b.rho, b.ref, radius) * error_of(b, r)).sqrt()
+
+    assert close(theorem_4_2(b, r_hat)[1], bound(r_hat, max(2 * size, 1) / 10))
     e = J(b._replace(reward=r_hat), tilt(b.ref, r_hat, b.beta)) - J(b._replace(reward=r_hat), pi)
     assert close(t9_approximate(b, r_hat, pi)[2], bound(r_hat, max(2 * size + e.item(), 1) / 10) + e, 1e-9)
     radius = max(kl(b.rho, pi, b.ref).item(), kl(b.rho, optimal_policy(b), b.ref).item())
-    assert close(t5_hypo_constraint(b, pi)[1], bound(implicit_reward(pi, b.ref, b.beta), radius), 1e-9)
+    assert close(hypo_local(b, pi)[1], bound(implicit_reward(pi, b.ref, b.beta), radius), 1e-9)
 
 
 def test_l1_in_t1c():
-    b, r_hat = three_responses((1.0, 0.2, 0.0), (0.2, 0.3, 0.5), mu=(0.2, 0.3, 0.5)), table([[0.0, 0.5, 0.1]])
+    b, r_hat = one_prompt((1.0, 0.2, 0.0), (0.2, 0.3, 0.5), mu=(0.2, 0.3, 0.5)), table([[0.0, 0.5, 0.1]])
     pi_star, pi_hat = optimal_policy(b).exp(), tilt(b.ref, r_hat, b.beta).exp()
     c, l1 = max((pi_star / b.mu.exp()).max(), (pi_hat / b.mu.exp()).max()), (pi_star - pi_hat).abs().sum()
-    assert close(t1c_coverage(b, r_hat)[1], (c * l1 * pairwise_error(b.rho, b.mu, b.reward, r_hat) / 2).sqrt())
+    assert close(t1(b, r_hat)["t1c"], (c * l1 * pairwise_error(b.rho, b.mu, b.reward, r_hat) / 2).sqrt())
 
 
 def test_lemma_4_1_is_tight():
-    rare = three_responses((0.0, 0.0), (1e-300, 1.0), mu=(0.5, 0.5))
+    rare = one_prompt((0.0, 0.0), (1e-300, 1.0), mu=(0.5, 0.5))
     r_hat = table([[350.0, -350.0]])
     assert tightness(t3a_kl_of_tilt, rare, r_hat) > 0.98, "S / beta"
-    assert tightness(t3b_lemma_4_1, rare, r_hat, side=2) > 0.98, "2R' / beta"
+    assert tightness(lemma_4_1, rare, r_hat, side=2) > 0.98, "2R' / beta"
     assert tightness(t3c_ratio_of_tilt, rare, table([[5.0, -5.0]])) > 0.9999
-    even, small = three_responses((0.0, 0.0), (0.5, 0.5), mu=(0.5, 0.5)), table([[1e-3, -1e-3]])
+    even, small = one_prompt((0.0, 0.0), (0.5, 0.5), mu=(0.5, 0.5)), table([[1e-3, -1e-3]])
     assert tightness(t3a_kl_of_tilt, even, small) > 0.9999, "S^2 / (8 beta^2)"
-    assert tightness(t3b_lemma_4_1, even, small) > 0.9999, "R'^2 / (2 beta^2)"
+    assert tightness(lemma_4_1, even, small) > 0.9999, "R'^2 / (2 beta^2)"
     for beta in (0.1, 3.0):  # and beta is where it should be
         assert tightness(t3a_kl_of_tilt, even._replace(beta=beta), beta * small) > 0.9999
-        assert tightness(t3b_lemma_4_1, rare._replace(beta=beta), beta * r_hat, side=2) > 0.98
+        assert tightness(lemma_4_1, rare._replace(beta=beta), beta * r_hat, side=2) > 0.98
 
 
 def test_fast_rate_is_tight_for_small_errors():
-    b = three_responses((1e-3, 0.0, -1e-3), (0.2, 0.3, 0.5), mu=(0.2, 0.3, 0.5), beta=2.0)
+    b = one_prompt((1e-3, 0.0, -1e-3), (0.2, 0.3, 0.5), mu=(0.2, 0.3, 0.5), beta=2.0)
     assert tightness(t7_fast_rate, b, table([[0.0, 1e-3, 0.0]])) > 0.999
 
 
 def test_fast_rate_covers_the_policies_between():
     """A response that neither pi* nor pi_hat favours, but the policies between them do: C_int is the larger."""
-    b = three_responses((2.0, 0.9, -1.0), (1 / 3,) * 3, mu=(1 / 3,) * 3, beta=0.2)
+    b = one_prompt((2.0, 0.9, -1.0), (1 / 3,) * 3, mu=(1 / 3,) * 3, beta=0.2)
     r_hat = table([[-1.0, 0.9, 2.0]])
     eps = pairwise_error(b.rho, b.mu, b.reward, r_hat)
     ends = torch.maximum(policy_coverage(b.rho, optimal_policy(b), b.mu),
@@ -425,12 +448,12 @@ def test_t8_and_t9_are_equalities_where_the_reward_is_right(case):
 
 
 def test_log_loss_bound_is_tight_for_small_margins():
-    b = three_responses((1e-2, 0.0, -1e-2), (0.2, 0.3, 0.5), mu=(0.2, 0.3, 0.5), beta=3.0)
+    b = one_prompt((1e-2, 0.0, -1e-2), (0.2, 0.3, 0.5), mu=(0.2, 0.3, 0.5), beta=3.0)
     assert tightness(t10_log_loss, b, table([[0.0, 1e-2, 0.0]])) > 0.999
 
 
 def test_hypo_bounds_are_tight_as_lam_vanishes():
-    b = three_responses((1.0, 0.0, 0.4), (0.2, 0.3, 0.5), mu=(0.3, 0.3, 0.4))
+    b = one_prompt((1.0, 0.0, 0.4), (0.2, 0.3, 0.5), mu=(0.3, 0.3, 0.4))
     assert tightness(t6_hypo_kl, b, train_hypo(b, 1e-3, b.ref)) > 0.95
     assert tightness(t6_hypo_loss, b, train_hypo(b, 1e-3, b.ref), 1e-3) == pytest.approx(0.5, abs=0.02), "half, exactly"
     small = b._replace(reward=table([[1e-3, 0.0, 0.0]]), ref=table([[0.5, 0.25, 0.25]]).log())
@@ -458,13 +481,143 @@ def test_finite_sample_failures_are_counted(monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------
+# Proposition 4.1: the slides' own policy beside ours
+
+@pytest.mark.parametrize("d", [0.0, 1e-8, 0.1])
+@pytest.mark.parametrize("eps", [1e-4, 0.01, 2.0])
+def test_the_slides_construction_satisfies_assumption_4_3_with_its_eps_exactly(eps, d):
+    b = proof_bandit(d)._replace(beta=0.7)
+    pi, m = slides_construction(b, eps), 1 - math.exp(-math.sqrt(eps) / 0.7)
+    assert close(pi.exp().sum(), 1) and close(pi.exp()[0, 2], m)
+    assert close(pi.exp(), with_unseen_mass(b, optimal_policy(b), m).exp()), "a member of our family"
+    two = one_prompt((1.0, 0.3, 0.0, 0.0), (0.3, 0.3, 0.3, 0.1), mu=(0.5, 0.5, 0.0, 0.0))
+    assert close(slides_construction(two, eps).exp()[0, 2:], [(1 - math.exp(-math.sqrt(eps))) / 2] * 2), "m is shared"
+    # the slides' formula, where Z* = sum over y1, y2 of pi_ref exp(r* / beta) need not be 1
+    log_z = b.beta * (b.ref[:, :2].exp() * (b.reward[:, :2] / b.beta).exp()).sum(-1).log()
+    implicit = implicit_reward(pi, b.ref, b.beta)
+    assert close(pointwise_error(b.rho, b.mu, b.reward, implicit, log_z), eps, 1e-10)
+    assert close((b.reward - implicit - log_z)[0, :2], [math.sqrt(eps)] * 2, 1e-10), "on y1 and on y2 alike"
+    assert close(eps_dpo(b, pi), 0), "no preference shows the constant"
+
+
+def test_j_of_the_slides_construction_falls_without_bound():
+    values = [J(proof_bandit(d), slides_construction(proof_bandit(d), 0.01)).item()
+              for d in (1e-2, 1e-4, 1e-8, 1e-16, 1e-300)]
+    assert values == sorted(values, reverse=True)
+    m = 1 - math.exp(-0.1)
+    assert values[-1] - values[-2] == pytest.approx(m * math.log(1e-300 / 1e-16), rel=1e-6), "beta m log pi_ref(y3)"
+    b = proof_bandit(0.0)
+    assert J(b, slides_construction(b, 1e-12)) == -INF and V(b, slides_construction(b, 0.01)) > 0
+
+
+@given(case=cases(zeros=False), m=st.floats(0.001, 0.999))
+def test_no_offline_loss_sees_m(case, m):
+    n_x, n_y = case.b.ref.shape
+    b = case.b._replace(mu=case.b.mu.masked_fill(torch.arange(n_y) == n_y - 1, -INF).log_softmax(-1), beta=1.0)
+    pi_m = with_unseen_mass(b, case.pi, m)
+    assert close(pi_m.exp().sum(-1), torch.ones(n_x))
+    for loss in (dpo, ipo):
+        assert close(preference_loss(b, pi_m - b.ref, loss), preference_loss(b, case.pi - b.ref, loss), 1e-10)
+    check(proposition_4_1, b, pi_m)
+
+
+def test_the_bound_of_proposition_4_1_is_tight():
+    """Equal rewards, m = 1/2 and a rare y3: all is lost that the bound says."""
+    b = one_prompt((1.0, 1.0, 1.0), (0.5, 0.5, 1e-12))
+    lhs, rhs = proposition_4_1(b, with_unseen_mass(b, b.ref, 0.5))
+    assert abs(rhs - lhs) < 1e-10 and rhs < -12
+    assert proposition_4_1(proof_bandit(0.0), table([[0.5, 0.4, 0.1]]).log())[1] == -INF
+
+
+# ---------------------------------------------------------------------------------------------------
+# sizes at which rounding once broke a statement
+
+def ascending(sides) -> bool:
+    """Up to the last digits: two responses make T1a and T1b equal."""
+    return all(a <= c * (1 + 1e-14) for a, c in zip(sides, sides[1:]))
+
+
+@pytest.mark.parametrize("size", [38, 39, 40, 60, 100, 200, 340])
+def test_t10_at_large_margins(size):
+    b = one_prompt((float(size), 0.0, 0.0), (0.3, 0.3, 0.4), mu=(0.3, 0.3, 0.4))
+    for r1 in (size - 1.0, size + 1.0, size / 2):
+        eps, bound = t10_log_loss(b, table([[r1, 0.0, 0.0]]))
+        assert eps <= bound < INF, "below 340 the bound is still a number"
+
+
+@pytest.mark.parametrize("size", [380.0, 800.0])
+def test_t10_where_kappa_underflows(size):
+    b = one_prompt((size, 0.0, 0.0), (0.3, 0.3, 0.4), mu=(0.3, 0.3, 0.4))
+    for r_hat in (b.reward, b.reward - 1, b.reward / 2, -b.reward, 0 * b.reward, table([[size + 1, 0.0, 0.0]])):
+        eps, bound = t10_log_loss(b, r_hat)
+        assert eps <= bound == INF
+
+
+@pytest.mark.parametrize("step", [1e-12, 1e-8, 1e-4])
+@pytest.mark.parametrize("size", [0.0, 1.0, 5.0, 30.0])
+def test_t10_at_tiny_errors(size, step):
+    b = one_prompt((size, 0.0, 0.0), (0.3, 0.3, 0.4), mu=(0.3, 0.3, 0.4))
+    for sign in (-1, 1):
+        eps, bound = t10_log_loss(b, b.reward + table([[sign * step, 0.0, 0.0]]))
+        assert 0 < eps <= bound * (1 + 1e-3 * (size == 0)), "at size 0 both are equal up to step"
+    assert close(t10_log_loss(b, b.reward), (0, 0), 0)
+
+
+@given(u_star=st.floats(-30, 30), u=st.floats(-30, 30))
+def test_label_kl_is_the_kl_of_two_coins(u_star, u):
+    p, q = 1 / (1 + math.exp(-u_star)), 1 / (1 + math.exp(-u))
+    one_less = 1 / (1 + math.exp(u_star)), 1 / (1 + math.exp(u))
+    by_hand = p * math.log(p / q) + one_less[0] * math.log(one_less[0] / one_less[1])
+    assert coverage.label_kl(table(u_star), table(u)).item() == pytest.approx(by_hand, rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize("rare", [1e-150, 1e-200, 1e-300])
+def test_t1_with_coverages_whose_product_overflows(rare):
+    """On y2, which mu hardly has, pi* and pi_hat have mass: both C are about 1 / rare."""
+    for mu, ref in (((1.0, rare, 0.0), (0.5, 0.5, 0.0)), ((1 - rare, rare, 0.0), (0.4, 0.6, 0.0))):
+        b = one_prompt((1.0, 0.2, 0.0), ref, mu=mu)
+        for r_hat in (table([[0.3, 0.9, 0.0]]), table([[0.0, 1e8, 0.0]])):
+            sides = t1_chain(b, r_hat)
+            assert ascending(sides) and sides[5] < INF, sides
+            assert ascending(dpo_global(b, tilt(b.ref, r_hat, b.beta))) and ascending(theorem_4_2(b, r_hat))
+
+
+def test_t1_where_coverage_times_error_overflows():
+    """A rare y3 makes C 4e299, and a large error between y1 and y2 makes C eps more than 1e308."""
+    b = one_prompt((0.0, 0.0, 1.0), (0.3, 0.3, 0.4), mu=(0.5, 0.5, 1e-300))
+    r_hat = table([[0.0, 1e6, 1.0]])
+    sides = t1_chain(b, r_hat)
+    assert eps_reward(b, r_hat) * sides[6] == INF and ascending(sides) and sides[5] < INF, sides
+    assert ascending(theorem_4_2(b, r_hat)) and theorem_4_2(b, r_hat)[1] < INF
+
+
+@pytest.mark.parametrize("margin", [400.0, 700.0, 710.0, 1e6])
+def test_finite_samples_at_huge_margins(margin):
+    assert finite_sample_error(50, 4, 0.1, margin) == INF, "such labels say nothing"
+    p, delta = finite_sample(0.5, (margin, 0.0), 20, 0.1)
+    assert p == 0 and delta == 0.1
+
+
+@pytest.mark.parametrize("q", [0.0, 1.0])
+def test_finite_samples_where_no_pair_holds_both_responses(q):
+    assert finite_sample(q, (1.0, -1.0, 0.5), 30, 0.1)[0] == 0, "then every reward has eps = 0"
+
+
+@pytest.mark.parametrize("q", [1e-300, 1e-9, 1 - 1e-9])
+def test_finite_samples_where_hardly_any_does(q):
+    check(finite_sample, q, (1.0, -1.0, 0.5), 30, 0.1)
+
+
+# ---------------------------------------------------------------------------------------------------
 # negative controls: false statements near the true ones; a violation must be found
 
 def hard_case(seed) -> Case:
     """mu = pi_ref; a rare response on which r_hat is wrong; rewards in [-1/2, 1/2]; pi = pi* but for its mass there."""
     generator = torch.Generator().manual_seed(seed)
-    uniform = lambda low, high, *shape: low + (high - low) * torch.rand(  # noqa: E731
-        shape, generator=generator, dtype=torch.float64)
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
+
     ref = table([[uniform(-18, -3).item(), -1.0, -1.0]]).log_softmax(-1)
     reward, beta = uniform(-0.5, 0.5, 1, 3), 10 ** uniform(-2, 0).item()
     r_hat = (reward + uniform(-0.1, 0.1, 1, 3)).clamp(-0.5, 0.5)
@@ -477,7 +630,7 @@ def hard_case(seed) -> Case:
 def two_case(seed) -> Case:
     """Two responses, equally likely, and a reward with the sign wrong."""
     size = 1.0 + seed
-    b = three_responses((size, 0.0), (0.5, 0.5), mu=(0.5, 0.5))
+    b = one_prompt((size, 0.0), (0.5, 0.5), mu=(0.5, 0.5))
     return Case(b, -b.reward, b.ref)
 
 
@@ -525,7 +678,7 @@ CONTROLS = {
     "T5 outside of the ball": (hard_case, lambda c: dpo_of(c, ball(c, c.pi, 0.01))),
     "T1c with C(pi_hat) alone": (hard_case, lambda c: rlhf(c, coverage_of(c, pi_hat(c)))),
     "T1c with the pointwise error": (
-        two_case, lambda c: (t1a_reward_error(c.b, c.r_hat)[1], rlhf(c, coverage_of(c, pi_hat(c)), 0.5)[1])),
+        two_case, lambda c: (t1(c.b, c.r_hat)["t1a"], rlhf(c, coverage_of(c, pi_hat(c)), 0.5)[1])),
     "T7 with C_int = 1": (hard_case, lambda c: (gap(c.b, pi_hat(c)), error_of(c.b, c.r_hat) / (4 * c.b.beta))),
     "T0a with the KL reversed": (
         hard_case, lambda c: (gap(c.b, c.pi), c.b.beta * kl(c.b.rho, optimal_policy(c.b), c.pi))),
@@ -580,7 +733,7 @@ def test_worked_example_is_the_docstring_and_the_readme():
 
 
 def test_worked_example_by_hand():
-    b = three_responses((math.log(4), 0.0, 0.0), (0.5, 0.25, 0.25), beta=0.5)
+    b = one_prompt((math.log(4), 0.0, 0.0), (0.5, 0.25, 0.25), beta=0.5)
     assert close(optimal_policy(b).exp(), [[16 / 17, 1 / 34, 1 / 34]])
     assert close(J(b, optimal_policy(b)), 0.5 * math.log(8.5))
     entropy = -0.8 * math.log(0.8) - 0.2 * math.log(0.2)
@@ -601,7 +754,7 @@ def test_worked_example_by_hand():
     (1e-4, 0.620068, (-0.0379, -3.6020, -9.0560), (5.38e-5, 4.51e-4, 3.17e-2), 2.37e-5),
     (1e-8, 0.620115, (-0.9589, -8.2071, -18.1743), (5.38e-9, 4.51e-8, 3.20e-6), 2.37e-9)])
 def test_proposition_4_1_in_numbers(d, j_star, family, rlhf, hypo):
-    b = proposition_4_1(d)
+    b = proof_bandit(d)
     pi_star = optimal_policy(b)
     assert J(b, pi_star).item() == pytest.approx(j_star, abs=1e-6)
     for m, j in zip((0.1, 0.5, 0.99), family):
@@ -614,7 +767,7 @@ def test_proposition_4_1_in_numbers(d, j_star, family, rlhf, hypo):
 @pytest.mark.parametrize("loss", [dpo, ipo])
 @pytest.mark.parametrize("d", [0.0, 1e-8, 1e-2])
 def test_proposition_4_1_the_losses_do_not_see_m(loss, d):
-    b = proposition_4_1(d)
+    b = proof_bandit(d)
     minimiser = train_offline(b, loss, torch.zeros_like(b.reward))
     losses = torch.stack([preference_loss(b, with_unseen_mass(b, minimiser, m) - b.ref, loss)
                           for m in (0.0, 1e-6, 0.1, 0.5, 0.99)])
@@ -628,7 +781,7 @@ def test_proposition_4_1_the_losses_do_not_see_m(loss, d):
 
 
 def test_offline_losses_pick_the_papers_optima_where_pairs_cover_everything():
-    b = three_responses((1.0, 0.2, -0.5), (0.2, 0.3, 0.5), mu=(0.5, 0.2, 0.3), beta=0.4)
+    b = one_prompt((1.0, 0.2, -0.5), (0.2, 0.3, 0.5), mu=(0.5, 0.2, 0.3), beta=0.4)
     start = torch.zeros_like(b.ref)
     assert close(train_offline(b, dpo, start).exp(), optimal_policy(b).exp(), 1e-6)
     assert close(train_rlhf(b, 10.0, start)[0].exp(), optimal_policy(b).exp(), 1e-6)
@@ -672,9 +825,12 @@ def test_tabular_limit_of_descent(case, data):
 
 
 def test_what_descent_returns_depends_on_the_model():
-    b = three_responses((math.log(4), 0.0, 0.0), (0.5, 0.25, 0.25), beta=0.5)
+    b = one_prompt((math.log(4), 0.0, 0.0), (0.5, 0.25, 0.25), beta=0.5)
     phi = table([[[1.0], [0.0], [2.0]]])
-    in_numbers = lambda pi, expected: close(pi.exp(), [expected], 6e-4)  # noqa: E731
+
+    def in_numbers(pi, expected):
+        return close(pi.exp(), [expected], 6e-4)
+
     assert in_numbers(tabular_limit(b), (0.865, 0.027, 0.108))
     assert in_numbers(train_offline(b, dpo, b.ref + table([[0.0, 0.0, 4.0]])), (0.127, 0.004, 0.869))
     assert in_numbers(train_log_linear(b, phi), (0.111, 0.004, 0.886))  # the unseen y3 takes over
@@ -692,134 +848,34 @@ def test_linear_example():
     path = gradient_path(b, lambda theta: tilt(b.ref, phi @ theta, 1.0), table([0.0, 0.0]), 1000, lr=0.2)
     for step, expected in ((100, (0.780, 0.179, 0.041)), (1000, (0.972, 0.027, 0.0007))):
         assert close(path[step].exp(), [expected], 1e-3)
-    mild = three_responses((2.0, 1.0, 0.0), (0.2, 0.05, 0.75), (0.0, 0.5, 0.5))
+    mild = one_prompt((2.0, 1.0, 0.0), (0.2, 0.05, 0.75), (0.0, 0.5, 0.5))
     assert close(train_log_linear(mild, phi).exp(), [[0.6252, 0.0575, 0.3173]], 1e-4)
     assert close(train_offline(mild, dpo, mild.ref).exp(), [[0.2712, 0.1118, 0.6169]], 1e-4)
 
 
-def test_gap_against_coverage_separates_the_algorithms():
-    gaps = coverage.gap_against_coverage((1e2, 1e4, 1e8))
-    for name in ("DPO", "IPO"):
-        assert gaps[name][0] > 0.1 and gaps[name] == sorted(gaps[name]), f"{name} must get worse"
-    for name, values in gaps.items():
-        if name not in ("C_glo", "DPO", "IPO"):
-            assert values[-1] < 1e-4 and values == sorted(values, reverse=True), f"{name} must get better"
-
-
 # ---------------------------------------------------------------------------------------------------
-# the coverage of a trained policy
+# a statement says itself what it states, and the file is a leaf
 
-def every_response(vocabulary: int, longest: int) -> list[list[int]]:
-    """All responses: to their first EOS (0), or to the length limit."""
-    return [list(row) for length in range(1, longest + 1) for row in itertools.product(range(vocabulary), repeat=length)
-            if 0 not in row[:-1] and (row[-1] == 0 or length == longest)]
+STATEMENTS = [thing for thing in vars(coverage).values() if isinstance(thing, Statement)]
 
 
-@pytest.fixture(scope="module")
-def language_bandit():
-    """Two random GPT-2 of three tokens, all 15 responses to two prompts in a table: (models, exact bandit, log pi)."""
-    tokenizer = lm.word_tokenizer(["a b"])
-    policy, ref = random_gpt2(3, seed=3), random_gpt2(3, seed=4)
-    prompts, responses, beta = ["a", " b"], every_response(3, 3), 0.7
-    judge = lambda xs, ys: [len(x) + 0.5 * y.count("a") - (" b b" in y) for x, y in zip(xs, ys)]  # noqa: E731
-    asked = [lm.encode_prompt(tokenizer, prompt) for prompt in prompts]
-    with torch.no_grad():
-        log_pi, log_ref = (torch.stack([lm.logps(model, [x] * len(responses), responses) for x in asked])
-                           for model in (policy, ref))
-    texts = [lm.decode(tokenizer, ids) for ids in responses]
-    reward = table([judge([prompt] * len(texts), texts) for prompt in prompts])
-    b = Bandit(table([0.5, 0.5]), log_ref, log_ref, reward, beta)
-    return (policy, ref, tokenizer, prompts, 3, judge, beta), b, log_pi
+def test_statements_say_their_relation():
+    assert set(STATEMENTS) == {*OF_REWARD, *OF_POLICY, *OF_BOTH, t0b_gap_is_variance, t6_hypo_kl, t6_hypo_loss,
+                               t11_linear, finite_sample}, "a statement is not tested"
+    for statement in STATEMENTS:
+        assert (" <= " in statement.text) == (statement.relation == "<="), statement.text
+        assert statement.sides.__doc__, f"{statement.text}: no proof"
 
 
-def test_the_estimate_agrees_with_enumeration(language_bandit):
-    (policy, ref, tokenizer, prompts, longest, judge, beta), b, pi = language_bandit
-    assert close(pi.exp().sum(-1), [1.0, 1.0], 1e-9)
-    found, logratio = sampled(policy, ref, tokenizer, prompts, 12000, longest, judge, beta)
-    assert logratio.shape == (2, 2, 12000)
-    r_hat = implicit_reward(pi, b.ref, beta)
-    exact = {"kl": kl(b.rho, pi, b.ref), "V_pi": V(b, pi), "J_pi": J(b, pi), "J_star": J(b, optimal_policy(b)),
-             "eps": error_of(b, r_hat), "t1a": t1a_reward_error(b, r_hat)[1]}
-    assert exact["kl"] > 0.3 and exact["eps"] > 0.3, "the case must have something to measure"
-    for name, value in exact.items():
-        assert found[name].mean().item() == pytest.approx(value.item(), rel=0.02), name
-    assert found["log_C_pi"].max().item() == pytest.approx(policy_coverage(b.rho, pi, b.ref).log().item(), abs=1e-6)
-    assert found["log_C_star"].max() < policy_coverage(b.rho, optimal_policy(b), b.ref).log() + 0.05
-    assert gap(b, pi) <= exact["t1a"] <= t1c_coverage(b, r_hat)[2], "T1 holds for language models too"
-
-
-def test_the_estimate_is_unbiased_or_from_below_as_it_says(language_bandit):
-    """Small samples, many times over: 8 responses a prompt."""
-    (*_, beta), b, pi = language_bandit
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.stack([torch.multinomial(p.exp(), 8 * 4000, replacement=True, generator=generator).view(2, 4000, 8)
-                       for p in (pi, b.ref)])  # (2, X, repetitions, K)
-    look_up = lambda values: torch.stack([values[x][ids[:, x]] for x in range(2)], 1).flatten(1, 2)  # noqa: E731
-    log_pi, log_ref = look_up(pi), look_up(b.ref)
-    found = estimate(log_pi, log_ref, look_up(b.reward), (log_pi - log_ref)[0], beta)
-    r_hat = implicit_reward(pi, b.ref, beta)
-    for name, value in {"kl": kl(b.rho, pi, b.ref), "J_pi": J(b, pi), "eps": error_of(b, r_hat)}.items():
-        error = 5 * found[name].std() / math.sqrt(len(found[name]))
-        assert abs(found[name].mean() - value) < error, f"{name} must be unbiased"
-    best_seen = look_up(b.reward).amax((0, 2)) / beta
-    assert close(found["log_C_star"], best_seen - found["J_star"] / beta, 1e-9)
-    assert found["J_star"].mean() < J(b, optimal_policy(b)) and found["effective"].max() <= 16 + 1e-9
-
-
-def write_run(directory, model_dir, **changes):
-    """What a training command leaves, with pi_ref itself as the policy."""
-    model, tokenizer = lm.load(str(model_dir))
-    lm.save(model, tokenizer, directory / "policy")
-    run_settings = dict(model=str(model_dir), data=None, judge="golden", beta=0.1, seed=0, max_new_tokens=5,
-                        algorithm="dpo") | changes
-    (directory / "summary.json").write_text(json.dumps({"settings": run_settings}))
-    return directory
-
-
-def test_measuring_a_run_that_has_not_moved(tmp_path, model_dir, capsys):
-    coverage.main([str(write_run(tmp_path, model_dir)), "--prompts", "3", "--samples", "4"])
-    said = capsys.readouterr().out
-    assert "KL(pi || pi_ref), nats           0 +- 0" in said and "log C(pi), nats                  0 " in said
-    for name in ("eps, pairwise error", "J(pi*)", "gap = J(pi*) - J(pi)", "<= sqrt(C eps)", "unbiased", "from below"):
-        assert name in said
-
-
-def test_measuring_a_run_without_a_judge(tmp_path, model_dir, capsys):
-    rows = [{"prompt": p, "chosen": " superb.", "rejected": " dull."} for p in ("The plot was", "The plot felt")]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run = write_run(tmp_path, model_dir, data=str(tmp_path / "pairs.jsonl"), judge="none")
-    coverage.main([str(run), "--prompts", "3", "--samples", "4"])
-    assert "no judge knows this run's true reward" in capsys.readouterr().out
-
-
-def test_errors_are_sentences(tmp_path):
-    with pytest.raises(SystemExit, match="error: .*not a finished run.*name a directory"):
-        coverage.main([str(tmp_path / "nowhere")])
-    with pytest.raises(SystemExit):
-        coverage.main([str(tmp_path), "--samples", "1"])
-
-
-# ---------------------------------------------------------------------------------------------------
-# the tour, and the file's name
-
-def test_the_tour(tmp_path, capsys, monkeypatch):
-    whole = coverage.gap_against_coverage
-    monkeypatch.setattr(coverage, "gap_against_coverage", lambda: whole((1e4, 1e8)))
-    coverage.main(["--out", str(tmp_path)])
-    said = capsys.readouterr().out
-    assert "VIOLATED" not in said and "nan" not in said and coverage.worked_example() in said
-    for statement in (*OF_REWARD, *OF_POLICY, *OF_BOTH, t0b_gap_is_variance, t6_hypo_kl, t6_hypo_loss, t11_linear,
-                      finite_sample):
-        assert statement.__doc__.splitlines()[0] in said, f"the tour leaves out {statement.__name__}"
-    for name in ("gap", "family", "extrapolation"):
-        assert (tmp_path / f"coverage-{name}.png").stat().st_size > 10_000
-
-
-def test_the_tour_shows_a_violation():
-    def false(b):
-        """False. 2 <= 1"""
-        return torch.tensor(2.0), torch.tensor(1.0)
-    assert not holds(false, false(None))
+def test_holds_sees_a_violation():
+    one, two = table(1.0), table(2.0)
+    false, wrong, fine = inequality("2 <= 1")(lambda: (two, one)), equality("1 = 2")(lambda: (one, two)), inequality(
+        "1 <= 2")(lambda: (one, two))
+    assert not holds(false, false()) and not holds(wrong, wrong()) and holds(fine, fine())
+    assert not holds(false, (one, two, one)), "each side and the next"
+    assert holds(fine, (table(-INF), table(-INF), table(INF), table(INF)))
+    assert not holds(fine, (table(0.0), table(-INF))) and not holds(fine, (table(INF), one))
+    assert not holds(fine, (table(math.nan), one)) and not holds(fine, (one, table(math.nan)))
 
 
 def test_this_is_our_coverage_and_it_is_a_leaf():
@@ -829,4 +885,4 @@ def test_this_is_our_coverage_and_it_is_a_leaf():
     top = ast.parse(source.read_text(encoding="utf-8")).body
     names = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in top if isinstance(node, ast.ImportFrom)}
-    assert names <= {"argparse", "json", "math", "pathlib", "sys", "typing", "torch"}
+    assert names <= {"argparse", "collections.abc", "functools", "math", "pathlib", "typing", "numpy", "torch"}
