@@ -1,0 +1,118 @@
+"""The bench times the functions that ship, and takes the steps that a run takes."""
+
+import json
+import time
+from functools import partial
+
+import pytest
+
+import fast
+import hypo
+import lm
+import run
+from experiments import bench
+
+ALGORITHMS = ["DPO", "OnlineDPO", "HyPO", "Reward", "PPO", "RLOO"]
+
+
+def real_metrics(monkeypatch, tmp_path, algorithm, path, args, pairs) -> list[dict]:
+    """What the same training logs in run.loop."""
+    args.out, args.eval_every, args.resume = tmp_path, args.steps, False
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "save_checkpoint", lambda *_: None)
+        loop = run.loop
+        patch.setattr(run, "loop", lambda args, trained, optimizer, _: loop(args, trained, optimizer, lambda _: {}))
+        bench.train_ours(algorithm, fast.FastLM, path, pairs, args, None)
+    return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()[1:]]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_step_of_the_bench_is_a_step_of_a_run(algorithm, model_dir, tmp_path, monkeypatch):
+    args, pairs = bench.arguments(steps=2, batch_size=4), bench.make_pairs(True, 8)
+    side = bench.Side(partial(bench.train_ours, algorithm, fast.FastLM, str(model_dir), pairs, args))
+    assert side.metrics == [], "it rests before its first step"
+    side.step()
+    assert len(side.metrics) == len(side.seconds) == 1
+    side.step()
+    expected = real_metrics(monkeypatch, tmp_path, algorithm, str(model_dir), args, pairs)
+    assert [{"step": i + 1, **metrics} for i, metrics in enumerate(side.metrics)] == expected
+    assert expected[0]["loss"] != expected[1]["loss"]
+    with pytest.raises(RuntimeError, match="all of its steps"):
+        side.step()
+
+
+def test_sft_in_the_bench_shows_the_loss_that_it_shows_a_user(model_dir, monkeypatch):
+    args, pairs = bench.arguments(steps=2, batch_size=4), bench.make_pairs(True, 8)
+    side = bench.Side(partial(bench.train_ours, "SFT", fast.FastLM, str(model_dir), pairs, args))
+    side.step()
+    side.step()
+    shown = []
+    monkeypatch.setattr(lm.tqdm, "set_postfix_str", lambda bar, text, **_: shown.append(text))
+    lm.sft(fast.FastLM.load(str(model_dir)), [(pair.prompt, pair.chosen) for pair in pairs], 2, 4, args.lr, args.seed)
+    assert [f"loss {metrics['loss']:.3f} nats/token" for metrics in side.metrics] == shown
+    assert all(metrics["grad_norm"] > 0 for metrics in side.metrics)
+
+
+def test_the_clock_runs_in_the_function_that_ships_and_nowhere_else(model_dir, monkeypatch):
+    def busy(seconds):
+        end = time.process_time() + seconds
+        while time.process_time() < end:
+            pass
+
+    args, pairs = bench.arguments(steps=3, batch_size=4), bench.make_pairs(True, 12)
+    side = bench.Side(partial(bench.train_ours, "HyPO", fast.FastLM, str(model_dir), pairs, args))
+    side.step()
+    busy(0.3)  # between two steps
+    side.step()
+    kl_loss = hypo.kl_loss
+
+    def slow_kl_loss(*samples):
+        busy(0.3)
+        return kl_loss(*samples)
+    monkeypatch.setattr(hypo, "kl_loss", slow_kl_loss)
+    side.step()
+    assert side.seconds[1] < 0.3 < side.seconds[2]
+
+
+def side_that_logs(losses, side):
+    for loss in side.steps(losses):
+        side.metrics.append({"loss": loss, "grad_norm": 1.0})
+
+
+def test_a_row_whose_loss_is_not_that_of_trl_fails():
+    sides = {"TRL": partial(side_that_logs, [1.0, 2.0]), "ours": partial(side_that_logs, [1.0, 2.00019])}
+    row = bench.measure(sides, 2, check=1e-4)
+    assert row["loss_and_gradient_norm"] == {"TRL": [1.0, 1.0], "ours": [1.0, 1.0]}
+    assert row["n"] == 1 and set(row["ratio"]) == {"ours"}
+    with pytest.raises(AssertionError, match="loss of step 2: ours 2.00019, TRL 2.0"):
+        bench.measure(sides, 2, check=0.9e-4)
+    sides["ours"] = partial(side_that_logs, [1.0, float("nan")])
+    with pytest.raises(AssertionError, match="loss of step 2: ours nan"):
+        bench.measure(sides, 2, check=1e-4)
+
+
+def test_sides_take_their_steps_by_turns():
+    order = []
+
+    def train(name, side):
+        order.extend((name, number) for number in side.steps(range(3)))
+    bench.measure({name: partial(train, name) for name in ("generate", "ours", "plain")}, 3)
+    assert order == [(name, number) for number in range(3) for name in ("generate", "ours", "plain")]
+
+
+def test_an_error_in_a_side_is_an_error_of_the_bench():
+    def train(side):
+        for _ in side.steps(range(2)):
+            raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError):
+        bench.measure({"ours": train}, 2)
+
+
+def test_the_table_has_a_line_for_each_published_row_and_every_one_can_be_measured_again():
+    report = json.loads(bench.RESULTS.read_text(encoding="utf-8"))
+    lines = bench.table(report).splitlines()[2:]
+    timed = {name for name, row in report["rows"].items() if "cpu_seconds" in row}
+    assert {line.split(" | ")[0].removeprefix("| ") for line in lines} == timed
+    assert "| HyPO step, tiny | plain forms | 0.0953 | 1.77 [1.70, 1.81] | 1.73 | 30 |" in lines
+    assert "| DPO step, gpt2-small | TRL | 2.75 | 3.93 [3.65, 4.51] | 1.60 | 10 |" in lines
+    assert timed <= set(bench.ROWS)
