@@ -27,7 +27,7 @@ def expect(n: int, expected, function, *args, within: float = 1e-6, because: str
     try:
         got = plain(function(*args, **kwargs))
         right, came = close(got, expected, within), show(got)
-    except NotImplementedError:  # not written yet: the grader says no more
+    except NotImplementedError:  # not written yet: the grader says so, and no more
         raise
     except Exception as error:
         right, came = False, describe(error)

@@ -7,6 +7,7 @@ prints goes nowhere. The parent (grade.py) never imports the student's code, and
 import importlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -38,8 +39,9 @@ def failure(excinfo) -> dict:
     if excinfo is None:
         return {"got": "the test was marked as failed"}
     error = excinfo.value
-    if isinstance(error, NotImplementedError):
-        return {"not_written": True, "got": check.describe(error)}
+    undone = re.match(r"Exercise \d+: write ([\w.]+)", str(error)) if isinstance(error, NotImplementedError) else None
+    if undone:  # as the handout leaves a function
+        return {"not_written": undone[1], "got": check.describe(error)}
     return error.parts if isinstance(error, check.Mismatch) else {"got": check.describe(error)}
 
 
@@ -55,7 +57,6 @@ def import_all(modules: list[str]) -> str | None:
             importlib.import_module(name)
         except BaseException as error:  # SystemExit, too
             return f"{name}.py cannot be imported: {check.describe(error)}"
-    importlib.import_module("fast").knows = lambda model: False  # the student's forms are used, as in the handout
     return None
 
 

@@ -1,7 +1,7 @@
 """The exercises: which functions a student writes, what each is worth, and the one hint.
 
 The one table that the handout, the grader, the tests' messages and the planted mistakes share. The tests of
-exercise n are tests/test_<n>_*.py; a function is named by its file and its name.
+exercise n are tests/test_<n>_*.py; a function is named by its file and its name, a method also by its class.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ PROJECT = HERE.parent
 class Exercise(NamedTuple):
     number: int
     name: str
-    functions: tuple[str, ...]  # "dpo.ipo_loss" is ipo_loss in dpo.py
+    functions: tuple[str, ...]  # "dpo.ipo_loss" is ipo_loss in dpo.py, "lm.LM.logps" a method of its class LM
     points: int
     equation: str
     hint: str
@@ -32,11 +32,11 @@ class Exercise(NamedTuple):
 
 EXERCISES = [
     Exercise(
-        1, "token log-probs", ("lm.response_logits", "lm._token_logps", "lm.logps"), 12,
+        1, "token log-probs", ("lm.LM.response_logits", "lm.LM.token_logps", "lm.LM.logps"), 12,
         "log pi(y|x) = sum over t of log softmax(logits before y_t)[y_t], the EOS's term included",
         "The logits at column c predict the token at column c + 1. Take everything from lay_out: the mask comes from "
         "lengths, for the EOS is a token like any other, and position ids must reach the model, or padding on the left "
-        "moves the prompt. Dropout must be off (eval_mode)."),
+        "moves the prompt. The network is in evaluation mode already, and stays there."),
     Exercise(
         2, "DPO loss", ("dpo.dpo_loss", "coverage.dpo"), 4,
         "-log sigmoid(beta (h(y+) - h(y-))), h = log pi / pi_ref; one number a pair",
@@ -66,7 +66,7 @@ EXERCISES = [
         "A_i = r_i - (1/(k - 1)) sum over j != i of r_j, for the k samples of one prompt",
         "The baseline must not know the sample it is for: leave it out of the sum, divide by k - 1, row by row."),
     Exercise(
-        8, "reverse KL", ("lm.reverse_kl",), 8,
+        8, "reverse KL", ("lm.LM.reverse_kl",), 8,
         "sum over the response's tokens t of sum over v of pi(v|x, y_<t) (log pi(v|x, y_<t) - log pi_ref(v|x, y_<t))",
         "response_logits gives the next-token logits of both models over the same prefixes. The expectation is under "
         "the policy, over the whole vocabulary, not at the sampled token alone; padding counts 0; tokens add up."),
@@ -78,9 +78,10 @@ EXERCISES = [
     Exercise(
         10, "one HyPO step", ("hypo.train",), 12,
         "descend on l_dpo + lam l_kl: l_dpo on offline pairs, l_kl on k fresh samples of the policy for each prompt",
-        "Follow the numbered lines at the top of hypo.py; dpo.train is the same loop without lines 4 and 5. One row of "
+        "Follow the numbered lines at the top of hypo.py; dpo.train is the same loop without lines 4 and 5. The box "
+        "ascends on l_dpo - lam l_kl, where l_dpo is minus a loss: you descend on loss_dpo + lam loss_kl. One row of "
         "kl_loss holds the k samples of one prompt; the gradient flows through their log-probs under the policy, not "
-        "through the sampling; every step draws from a generator of its own, run.generator(args, \"online\", t)."),
+        "through the sampling; every step draws from step.generator(\"online\"), and clips before it updates."),
     Exercise(
         11, "tilted policy and its value", ("coverage.kl", "coverage.V", "coverage.J", "coverage.log_partition",
                                             "coverage.tilt"), 7,

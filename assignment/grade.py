@@ -145,6 +145,7 @@ def verdict(exercise: Exercise, outcome: dict) -> dict:
     results = {message["test"]: message for message in outcome["said"] if "test" in message}
     wanted = names_of_tests(exercise)
     failures = [results[name] for name in wanted if name in results and not results[name]["passed"]]
+    unwritten = [name for name in exercise.functions if any(name == row.get("not_written") for row in failures)]
     absent = [name for name in wanted if name not in results]
     problem = next((message["problem"] for message in outcome["said"] if "problem" in message), None)
     if problem is None and (absent or CANARY not in results):
@@ -154,8 +155,11 @@ def verdict(exercise: Exercise, outcome: dict) -> dict:
         problem = "a test that must fail has passed: something in the submission changes how tests are run"
     passed = len(wanted) - len(failures) - len(absent)
     note = f"{passed} of {len(wanted)} tests pass"
-    if problem is None and failures and all("not_written" in failure for failure in failures):
-        note, failures = "not written yet", []
+    if unwritten == list(exercise.functions) and not passed:
+        note = "not written yet"
+    elif unwritten:
+        note += f"; {' and '.join(unwritten)} {'is' if len(unwritten) == 1 else 'are'} not written"
+    failures = [failure for failure in failures if failure.get("not_written") not in unwritten]
     points = exercise.points if problem is None and passed == len(wanted) else 0
     failures = [{key: failure.get(key) for key in ("test", "input", "expected", "got")} for failure in failures]
     return dict(number=exercise.number, name=exercise.name, points=points, of=exercise.points, tests=len(wanted),

@@ -4,9 +4,9 @@
 
 The copy is made from the sources as they are, so it cannot fall behind them: the syntax tree says which lines
 are a function's body, and only those lines are replaced. What gives answers away stays out: the project's
-own tests (they state the formulas again), README.md and results/ (they answer the written questions), the
-teacher's notes, the planted mistakes, and the half of fast.py that computes what students write in lm.py. The
-exercises' own tests hold numbers and stubs, no solutions.
+own tests (they state the formulas again), README.md, results/ and the studies (they answer the written
+questions), the teacher's notes, the planted mistakes, and the part of fast.py that computes what students write
+in lm.py. The exercises' own tests hold numbers and stubs, no solutions.
 """
 
 import argparse
@@ -17,44 +17,57 @@ from pathlib import Path
 
 from exercises import EXERCISES, HERE, PROJECT, Exercise
 
-COPIED = ["LICENSE", "pyproject.toml", "requirements.txt", "assignment/README.md", "assignment/exercises.py",
-          "assignment/check.py", "assignment/grade.py", "assignment/child.py"]  # and all *.py, and the exercises' tests
+# besides all *.py and the exercises' tests; of experiments/ what coverage.py's own command needs, and no study
+COPIED = ["LICENSE", "pyproject.toml", "requirements.txt", "docs/glossary.md", "experiments/__init__.py",
+          "experiments/coverage_pictures.py", "experiments/coverage_of_run.py", "assignment/README.md",
+          "assignment/exercises.py", "assignment/check.py", "assignment/grade.py", "assignment/child.py"]
+
+# fast.py knows no model there, so that every run takes the student's forms
+KEPT_BACK = {"fast": {"knows": "return False", "pack": 'raise NotImplementedError("kept back")',
+                      "FastLM.token_logps": "return super().token_logps(prompts, responses)"}}
 
 
-# fast.py knows no model there, so that all of them take lm.py's plain forms
-KEPT_BACK = {"fast": {"knows": "return False", "TokenLogps": "pass", **dict.fromkeys(
-    ["pack", "hidden_states", "token_logps", "scores"], 'raise NotImplementedError("kept back")')}}
+def functions_of(source: str) -> dict[str, ast.FunctionDef]:
+    """The functions of a file, and the methods of its classes as "LM.logps"."""
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef):
+            found[node.name] = node
+        elif isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{inner.name}": inner for inner in node.body if isinstance(inner, ast.FunctionDef)}
+    return found
 
 
 def without_bodies(source: str, wanted: dict[str, str]) -> str:
-    """The source with the body of each wanted function or class replaced by one statement.
+    """The source with the body of each wanted function replaced by one statement.
 
-    Signature and docstring stay; comments that stand in the body go with it. wanted: name -> statement.
+    Decorators, signature and docstring stay; comments that stand in the body go with it. wanted: name -> statement.
     """
     lines = source.splitlines(keepends=True)
-    found = {node.name: node for node in ast.parse(source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    found = functions_of(source)
     missing = sorted(set(wanted) - set(found))
     if missing:
         raise ValueError(f"the source has no function {', '.join(missing)}; exercises.py or KEPT_BACK is out of date")
     for name in sorted(wanted, key=lambda name: -found[name].lineno):  # from the end, so that line numbers hold
         node, end = found[name], found[name].end_lineno
         first = node.body[0]
-        begin = first.end_lineno if ast.get_docstring(node) else first.lineno - 1
-        while end < len(lines) and lines[end].startswith(" ") and lines[end].lstrip().startswith("#"):
+        begin, indent = first.end_lineno if ast.get_docstring(node) else first.lineno - 1, " " * first.col_offset
+        while end < len(lines) and lines[end].startswith(indent + "#"):
             end += 1
-        lines[begin:end] = [f"    {wanted[name]}\n"]
+        lines[begin:end] = [f"{indent}{wanted[name]}\n"]
     return "".join(lines)
 
 
-def undone(exercise: Exercise) -> str:
-    """The body of a function that is not written yet."""
-    return f'raise NotImplementedError("Exercise {exercise.number}: {exercise.name}, see assignment/README.md")'
+def undone(exercise: Exercise, name: str) -> str:
+    """The body of a function that is not written yet. The grader reads the name."""
+    return f'raise NotImplementedError("Exercise {exercise.number}: write {name}, see assignment/README.md")'
 
 
 def wanted_of(module: str) -> dict[str, str]:
     """The functions that a student writes in module.py, and what is kept back -> what their bodies are instead."""
-    return KEPT_BACK.get(module, {}) | {name.split(".")[1]: undone(exercise) for exercise in EXERCISES
-                                        for name in exercise.functions if name.split(".")[0] == module}
+    return KEPT_BACK.get(module, {}) | {
+        name.removeprefix(f"{module}."): undone(exercise, name) for exercise in EXERCISES
+        for name in exercise.functions if name.startswith(f"{module}.")}
 
 
 def hand_out(directory: Path) -> None:
@@ -66,6 +79,7 @@ def hand_out(directory: Path) -> None:
         source = path.read_bytes().decode()  # bytes: line ends stay as they are
         (directory / path.name).write_bytes(without_bodies(source, wanted_of(path.stem)).encode())
     for name in COPIED:
+        (directory / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(PROJECT / name, directory / name)
     for path in sorted((HERE / "tests").glob("*.py")):
         shutil.copyfile(path, directory / "assignment" / "tests" / path.name)

@@ -18,23 +18,34 @@ from grade import CORES, make_sandbox, run_all, verdict
 
 # (exercise, file, what the file says exactly once, {mistake: what it says instead})
 PLANTED = [
-    (1, "lm", "ids[:, :-1], attention_mask=attention_mask[:, :-1], position_ids=positions[:, :-1],", {
-        "position ids count the padding": "ids[:, :-1], attention_mask=attention_mask[:, :-1],",
-        "the padding is attended to": "ids[:, :-1], position_ids=positions[:, :-1],",
+    (1, "lm", "position_ids=positions[:, :-1],", {
+        "position ids count the padding": ""}),
+    (1, "lm", "attention_mask=attention_mask[:, :-1],", {
+        "the padding is attended to": ""}),
+    (1, "lm", "ids[:, :-1], attention_mask=attention_mask[:, :-1],\n"
+              "                            position_ids=positions[:, :-1],", {
         "shifted by one: a token predicts itself": "ids, attention_mask=attention_mask, position_ids=positions,"}),
-    (1, "lm", "with eval_mode(model):  # the last token predicts nothing", {
-        "dropout is left on": "with contextlib.nullcontext():",
-        "the model is left in eval mode": "model.eval()\n    with contextlib.nullcontext():"}),
-    (1, "lm", "return logits.to(torch.promote_types(logits.dtype, torch.float32)), ids[:, -T:], mask", {
-        "log-softmax in bfloat16": "return logits, ids[:, -T:], mask",
-        "no gradient": "return logits.detach(), ids[:, -T:], mask"}),
-    (1, "lm", "return torch.where(mask, chosen_logits - logits.logsumexp(-1), 0.0), mask", {
+    (1, "lm", "T = mask.shape[1]\n", {
+        "dropout is on: the network is put into train mode": "T = mask.shape[1]\n        self.model.train()\n"}),
+    (1, "lm", "logits = logits.to(torch.promote_types(logits.dtype, torch.float32))\n        return logits, ids", {
+        "log-softmax in bfloat16": "return logits, ids"}),
+    (1, "lm", "return logits, ids[:, -T:], mask", {
+        "no gradient": "return logits.detach(), ids[:, -T:], mask",
+        "the ids stand one column too early": "return logits, ids[:, -T - 1:-1], mask"}),
+    (1, "lm", "return torch.where(mask, token_logits - logits.logsumexp(-1), 0.0), mask", {
         "the EOS is dropped: a mask from token ids":
-            "mask = mask & (ids != 0)\n    return torch.where(mask, chosen_logits - logits.logsumexp(-1), 0.0), mask",
-        "logits instead of log-probs": "return torch.where(mask, chosen_logits, 0.0), mask",
-        "padding has log-probs": "return chosen_logits - logits.logsumexp(-1), mask"}),
-    (1, "lm", "return token_logps(model, prompts, responses)[0].sum(1)", {
-        "mean over tokens instead of sum": "return token_logps(model, prompts, responses)[0].mean(1)"}),
+            "mask = mask & (ids != 0)\n"
+            "        return torch.where(mask, token_logits - logits.logsumexp(-1), 0.0), mask",
+        "logits instead of log-probs": "return torch.where(mask, token_logits, 0.0), mask",
+        "a loss in place of a log-prob": "return torch.where(mask, logits.logsumexp(-1) - token_logits, 0.0), mask",
+        "probabilities instead of their logs":
+            "return torch.where(mask, (token_logits - logits.logsumexp(-1)).exp(), 0.0), mask",
+        "the normaliser has no gradient":
+            "return torch.where(mask, token_logits - logits.detach().logsumexp(-1), 0.0), mask",
+        "padding has log-probs": "return token_logits - logits.logsumexp(-1), mask"}),
+    (1, "lm", "return self.token_logps(prompts, responses)[0].sum(1)", {
+        "mean over tokens instead of sum": "return self.token_logps(prompts, responses)[0].mean(1)",
+        "one number for the whole batch": "return self.token_logps(prompts, responses)[0].sum()"}),
 
     (2, "dpo", "-F.logsigmoid(beta * (chosen_logratio - rejected_logratio))", {
         "chosen and rejected swapped": "-F.logsigmoid(beta * (rejected_logratio - chosen_logratio))",
@@ -112,17 +123,16 @@ PLANTED = [
     (8, "lm", "kl = (log_pi.exp() * (log_pi - log_ref)).sum(-1)", {
         "KL direction reversed": "kl = (log_ref.exp() * (log_ref - log_pi)).sum(-1)",
         "the expectation under pi_ref": "kl = (log_ref.exp() * (log_pi - log_ref)).sum(-1)",
-        "the log-ratio of the sampled token": "ids = response_logits(policy, *batch)[1]\n"
-                                              "        kl = (log_pi - log_ref).gather(-1, ids[..., None])[..., 0]",
+        "the log-ratio of the sampled token": "ids = self.response_logits(*batch)[1]\n"
+                                              "            kl = (log_pi - log_ref).gather(-1, ids[..., None])[..., 0]",
         "mean over the vocabulary": "kl = (log_pi.exp() * (log_pi - log_ref)).mean(-1)"}),
     (8, "lm", "torch.where(mask, kl, 0.0).sum(1)", {
         "mean over tokens instead of sum": "torch.where(mask, kl, 0.0).mean(1)",
         "padding counts": "kl.sum(1)"}),
-    (8, "lm", "for start in range(0, len(prompts), batch_size):", {
-        "the last, short batch is lost":
-            "for start in range(0, max(1, len(prompts) - batch_size + 1), batch_size):"}),
-    (8, "lm", "log_ref = response_logits(ref, *batch)", {
-        "the policy against itself": "log_ref = response_logits(policy, *batch)"}),
+    (8, "lm", "for start in range(0, len(prompts), n):", {
+        "the last, short batch is lost": "for start in range(0, max(1, len(prompts) - n + 1), n):"}),
+    (8, "lm", "log_ref = ref.response_logits(*batch)[0]", {
+        "the policy against itself": "log_ref = self.response_logits(*batch)[0]"}),
 
     (9, "hypo", "return (weights * logps).mean(1)", {
         "zero gradient: the sampled log-ratio is differentiated": "return logratios.mean(1)",
@@ -139,39 +149,64 @@ PLANTED = [
     (9, "hypo", "    if k > 1:\n", {
         "0/0 where there is one sample": "    if k >= 1:\n"}),
 
-    (10, "hypo", "responses = lm.sample(policy, prompts,", {
-        "samples of pi_ref instead of the policy": "responses = lm.sample(ref, prompts,"}),
-    (10, "hypo", 'run.generator(args, "online", t)', {
-        "the same random numbers in every step": 'run.generator(args, "online")',
-        "other random numbers in every run": "torch.Generator().manual_seed(torch.Generator().seed())"}),
-    (10, "hypo", '[pair["prompt"] for pair in batch for _ in range(args.k)]', {
-        "one row of kl_loss mixes prompts": '[pair["prompt"] for pair in batch] * args.k'}),
-    (10, "hypo", "            logps = lm.logps(policy, prompts, responses)", {
+    (10, "hypo", "responses = policy.sample(prompts, args.max_new_tokens,", {
+        "samples of pi_ref instead of the policy": "responses = ref.sample(prompts, args.max_new_tokens,",
+        "samples of 24 tokens whatever is asked": "responses = policy.sample(prompts, 24,"}),
+    (10, "hypo", 'step.generator("online"))', {
+        "the same random numbers in every step": "torch.Generator().manual_seed(args.seed))",
+        "other random numbers in every run": "torch.Generator().manual_seed(torch.Generator().seed()))",
+        "samples at a low temperature, which are not the policy's": 'step.generator("online"), 0.7)'}),
+    (10, "hypo", "batch = step.minibatch(pairs)", {
+        "all pairs in place of a minibatch": "batch = pairs"}),
+    (10, "hypo", "[pair.prompt for pair in batch for _ in range(args.k)]", {
+        "one row of kl_loss mixes prompts": "[pair.prompt for pair in batch] * args.k"}),
+    (10, "hypo", "        logps = policy.logps(prompts, responses)", {
         "offline responses instead of samples":
-            '            responses = [pair["chosen"] for pair in batch for _ in range(args.k)]\n'
-            "            logps = lm.logps(policy, prompts, responses)",
-        "the KL term has no gradient": "            logps = lm.logps(policy, prompts, responses).detach()"}),
-    (10, "hypo", "logratios = logps - lm.logps(ref, prompts, responses)", {
-        "the log-ratio upside down": "logratios = lm.logps(ref, prompts, responses) - logps"}),
+            "        responses = [pair.chosen for pair in batch for _ in range(args.k)]\n"
+            "        logps = policy.logps(prompts, responses)",
+        "the KL term has no gradient": "        logps = policy.logps(prompts, responses).detach()"}),
+    (10, "hypo", "logratios = logps - ref.logps(prompts, responses)", {
+        "the log-ratio upside down": "logratios = ref.logps(prompts, responses) - logps"}),
     (10, "hypo", "loss_kl = kl_loss(logps.view(-1, args.k), logratios.view(-1, args.k)).mean()", {
         "samples and prompts transposed":
             "loss_kl = kl_loss(logps.view(args.k, -1), logratios.view(args.k, -1)).mean()",
         "the KL term summed over prompts":
             "loss_kl = kl_loss(logps.view(-1, args.k), logratios.view(-1, args.k)).sum()",
         "a local score: each token weighed by its own log-ratio":
-            "each, of_ref = (lm.token_logps(model, prompts, responses)[0] for model in (policy, ref))\n"
-            "            loss_kl = ((each - of_ref).detach() * each).sum(1).mean()"}),
+            "each, of_ref = (model.token_logps(prompts, responses)[0] for model in (policy, ref))\n"
+            "        loss_kl = ((each - of_ref).detach() * each).sum(1).mean()"}),
     (10, "hypo", "loss = loss_dpo + args.lam * loss_kl", {
         "lam forgotten": "loss = loss_dpo + loss_kl",
         "the KL is rewarded": "loss = loss_dpo - args.lam * loss_kl"}),
-    (10, "hypo", "dpo_loss(chosen_logratio, rejected_logratio, args.beta)", {
-        "chosen and rejected swapped": "dpo_loss(rejected_logratio, chosen_logratio, args.beta)"}),
-    (10, "hypo", "chosen_logratio = chosen_logps - ref_chosen_logps", {
-        "log-probs without the reference": "chosen_logratio = chosen_logps"}),
-    (10, "hypo", "torch.optim.AdamW(policy.parameters(),", {
-        "the optimizer holds pi_ref's weights": "torch.optim.AdamW(ref.parameters(),"}),
-    (10, "hypo", "if args.lam > 0:", {
-        "samples although lam is 0": "if args.lam >= 0:"}),
+    (10, "hypo", "dpo_loss(chosen_logratio, rejected_logratio, args.beta).mean()", {
+        "chosen and rejected swapped": "dpo_loss(rejected_logratio, chosen_logratio, args.beta).mean()",
+        "the DPO loss summed over pairs": "dpo_loss(chosen_logratio, rejected_logratio, args.beta).sum()"}),
+    (10, "hypo", "chosen_logratio, rejected_logratio = policy.logratios(batch)", {
+        "log-probs without the reference": "chosen_logratio, rejected_logratio = policy.pair_logps(batch)"}),
+    (10, "hypo", "torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0,", {
+        "the optimizer holds pi_ref's weights": "torch.optim.AdamW(ref.parameters(), lr=args.lr, weight_decay=0.0,",
+        "the learning rate is not args.lr": "torch.optim.AdamW(policy.parameters(), weight_decay=0.0,",
+        "weight decay moves what has no gradient": "torch.optim.AdamW(policy.parameters(), lr=args.lr,"}),
+    (10, "hypo",
+     "loss.backward()\n        grad_norm = run.clip(policy, args.max_grad_norm)\n        optimizer.step()\n", {
+        "a step before there is a gradient":
+            "optimizer.step()\n        loss.backward()\n        grad_norm = run.clip(policy, args.max_grad_norm)\n",
+        "clipped after the step":
+            "loss.backward()\n        optimizer.step()\n        grad_norm = run.clip(policy, args.max_grad_norm)\n",
+        "the gradient is not clipped": "loss.backward()\n        grad_norm = 0.0\n        optimizer.step()\n",
+        "clipped to a norm of 1 whatever is asked":
+            "loss.backward()\n        grad_norm = run.clip(policy, 1.0)\n        optimizer.step()\n",
+        "the gradient is erased before the step":
+            "loss.backward()\n        grad_norm = run.clip(policy, args.max_grad_norm)\n"
+            "        optimizer.zero_grad()\n        optimizer.step()\n",
+        "ascent on a loss, as in the box":
+            "(-loss).backward()\n        grad_norm = run.clip(policy, args.max_grad_norm)\n        optimizer.step()\n",
+        "the KL term is logged and not trained on":
+            "loss_dpo.backward()\n        grad_norm = run.clip(policy, args.max_grad_norm)\n"
+            "        optimizer.step()\n",
+        "no step is taken": "loss.backward()\n        grad_norm = run.clip(policy, args.max_grad_norm)\n"}),
+    (10, "hypo", "        optimizer.zero_grad()\n", {
+        "the gradients of all steps add up": ""}),
 
     (11, "coverage", "return mean(rho, pi, pi - other)", {
         "KL direction reversed": "return mean(rho, other, other - pi)",

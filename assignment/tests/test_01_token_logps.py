@@ -28,7 +28,7 @@ class Table(torch.nn.Module):
     def __init__(self, dtype=torch.float64):
         super().__init__()
         self.logits = torch.nn.Parameter(torch.tensor(NEXT, dtype=dtype).log() + 3)
-        self.device = torch.device("cpu")
+        self.device, self.config = torch.device("cpu"), SimpleNamespace()
 
     def forward(self, input_ids, attention_mask=None, position_ids=None, logits_to_keep=0, use_cache=None):
         return SimpleNamespace(logits=self.logits[input_ids][:, -logits_to_keep:])
@@ -43,24 +43,29 @@ class Reader(Table):
         return SimpleNamespace(logits=logits[:, -logits_to_keep:])
 
 
+def policy(model):
+    """The network as a policy; its tokenizer, whose token 0 is the EOS, plays no part here."""
+    return lm.LM(model, lm.word_tokenizer(["a"]))
+
+
 def small_gpt2():
-    """Random weights, float64, in train mode with dropout; token 0 is its EOS, and it has no pad token."""
+    """Random weights, float64, with dropout where it is switched on; it has no pad token."""
     torch.manual_seed(0)
     return GPT2LMHeadModel(GPT2Config(
         vocab_size=11, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0,
-        initializer_range=0.4, resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3)).double().train()
+        initializer_range=0.4, resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3)).double()
 
 
 def token_logps(prompts, responses):
-    return lm.token_logps(Table(), prompts, responses)[0]
+    return policy(Table()).token_logps(prompts, responses)[0]
 
 
 def mask(prompts, responses):
-    return lm.token_logps(Table(), prompts, responses)[1]
+    return policy(Table()).token_logps(prompts, responses)[1]
 
 
 def logps(prompts, responses):
-    return lm.logps(Table(), prompts, responses)
+    return policy(Table()).logps(prompts, responses)
 
 
 def test_each_token_by_hand():
@@ -83,7 +88,7 @@ def test_a_response_is_the_sum_of_its_tokens():
 
 def test_logits_stand_at_the_token_that_they_predict():
     def softmax_of_logits_and_ids(prompts, responses):
-        logits, ids, _ = lm.response_logits(Table(), prompts, responses)
+        logits, ids, _ = policy(Table()).response_logits(prompts, responses)
         return logits.softmax(-1), ids
     expect([[[NEXT[1], NEXT[2]]], [[2, 3]]], softmax_of_logits_and_ids, [[3, 1]], [[2, 3]],
            because="two positions: after the prompt's last token 1, and after the response's first token 2")
@@ -91,14 +96,14 @@ def test_logits_stand_at_the_token_that_they_predict():
 
 def test_logits_are_float32_when_the_model_computes_in_bfloat16():
     def dtype_of_logits(prompts, responses):
-        return str(lm.response_logits(Table(torch.bfloat16), prompts, responses)[0].dtype)
+        return str(policy(Table(torch.bfloat16)).response_logits(prompts, responses)[0].dtype)
     expect("torch.float32", dtype_of_logits, [[1]], [[2, EOS]], because="a log-softmax in bfloat16 has two digits")
 
 
 def test_every_token_trains_the_model_the_eos_too():
     def gradient_of_the_eos_logit_after_3(prompts, responses):
         model = Table()
-        lm.logps(model, prompts, responses).sum().backward()
+        policy(model).logps(prompts, responses).sum().backward()
         return model.logits.grad[3, EOS]
     expect(1 - 1 / 8, gradient_of_the_eos_logit_after_3, [[1]], [[3, EOS]])
 
@@ -109,8 +114,8 @@ MATES = [[1, 1, 1, 1, 1]], [[2, 2, 2, 2]]
 
 
 def change_from_batch_mates(model, prompt, response):
-    alone = lm.token_logps(model, [prompt], [response])[0][0]
-    padded = lm.token_logps(model, [prompt, *MATES[0]], [response, *MATES[1]])[0][0]
+    alone = policy(model).token_logps([prompt], [response])[0][0]
+    padded = policy(model).token_logps([prompt, *MATES[0]], [response, *MATES[1]])[0][0]
     return padded[:len(response)] - alone
 
 
@@ -123,16 +128,8 @@ def test_padding_is_not_attended_to():
     expect([0, 0, 0], change_from_batch_mates, Reader(), [3, 1], [2, 3, EOS], within=1e-5)
 
 
-def test_dropout_is_off():
+def test_dropout_stays_off():
     def change_from_call_to_call(prompts, responses):
-        model = small_gpt2()
-        return lm.logps(model, prompts, responses) - lm.logps(model, prompts, responses)
-    expect([0.0], change_from_call_to_call, [[3, 7]], [[2, 9, EOS]], because="the model is in train mode, dropout 0.3")
-
-
-def test_the_models_mode_is_put_back():
-    def still_in_train_mode(prompts, responses):
-        model = small_gpt2()
-        lm.logps(model, prompts, responses)
-        return model.training
-    expect(True, still_in_train_mode, [[3, 7]], [[2, 9, EOS]])
+        model = policy(small_gpt2())
+        return model.logps(prompts, responses) - model.logps(prompts, responses)
+    expect([0.0], change_from_call_to_call, [[3, 7]], [[2, 9, EOS]], because="lm.Network keeps evaluation mode")

@@ -1,150 +1,199 @@
 """Exercise 10: how a step of HyPO is wired. Losses and models are stand-ins with simple numbers.
 
-A stand-in's log-prob of a response is the sum of its tokens' scores: -token for the policy, -token/2 for pi_ref.
+A stand-in's log-prob of a response is the sum of its tokens' scores: -token for the policy, -token/2 for pi_ref. What
+the tests look at is the gradient by these scores that is there when the optimizer takes its step.
 """
 
 from collections import Counter
 from functools import partial
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
 from check import expect as expect_
 
 import hypo
-import lm
 import run
+from lm import LM, Encoded
 
 pytestmark = pytest.mark.exercise(n=10)
 expect = partial(expect_, 10)
 
 EOS = 0
 # of the policy log pi is -3, -4 and -5, -12; the log-ratios are -1.5, -2 and -2.5, -6
-PAIRS = [dict(prompt=[1], chosen=[3, EOS], rejected=[4, EOS], ref_chosen=-1.5, ref_rejected=-2.0),
-         dict(prompt=[2], chosen=[5, EOS], rejected=[6, 6, EOS], ref_chosen=-2.5, ref_rejected=-6.0),
-         dict(prompt=[11], chosen=[11, EOS], rejected=[11, EOS], ref_chosen=-99.0, ref_rejected=99.0)]  # never drawn
-SAMPLES = {1: [7, 8, 11], 2: [9, 10, 11]}  # first token of the first, second, ... sample to a prompt
+PAIRS = [Encoded([1], [3, EOS], [4, EOS], -1.5, -2.0), Encoded([2], [5, EOS], [6, 6, EOS], -2.5, -6.0),
+         Encoded([11], [11, EOS], [11, EOS], -99.0, 99.0)]  # the last is in no minibatch
+SAMPLES = {1: [7, 8, 11], 2: [9, 10, 11], 11: [11, 11, 11]}  # first token of the first, second, ... sample to a prompt
+# the gradient by the scores of tokens 0 to 11. Of the pairs: the chosen 3 and 5, the rejected 4 and 6, and the EOS;
+OF_PAIRS = [-8, 0, 0, -1.5, -1, -2.5, -6, 0, 0, 0, 0, 0]
+# of two samples a prompt: the log-ratios of the first ones are -3.5 and -4.5, the second samples count twice
+OF_SAMPLES = [-12, 0, 0, 0, 0, 0, 0, -1.75, -3.5, -2.25, -4.5, 0]
 
 
-class Model(torch.nn.Module):
-    def __init__(self, scale, trained):
-        super().__init__()
+class Model(LM):
+    """A policy with one number a token; it also notes who has sampled what."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, name, scale, trained, sampled):
+        torch.nn.Module.__init__(self)
         self.score = torch.nn.Parameter(-scale * torch.arange(12.0), requires_grad=trained)
-        self.device = torch.device("cpu")
+        self.name, self.sampled, self.asked = name, sampled, Counter()
+
+    def token_logps(self, prompts, responses):
+        T = max(map(len, responses))
+        mask = torch.tensor([[t < len(row) for t in range(T)] for row in responses])
+        return self.score[torch.tensor([[*row, *[0] * (T - len(row))] for row in responses])] * mask, mask
+
+    def logps(self, prompts, responses):
+        return torch.stack([self.score[response].sum() for response in responses])
+
+    def sample(self, prompts, max_new_tokens, generator, temperature=1.0, batch_size=256):
+        self.sampled.append(Sampled(self.name, [list(prompt) for prompt in prompts], max_new_tokens, temperature,
+                                    generator.initial_seed()))
+        responses = []
+        for last, in prompts:
+            responses.append([SAMPLES[last][self.asked[last]], EOS])
+            self.asked[last] += 1
+        return responses
 
 
-def token_logps(model, prompts, responses):
-    T = max(map(len, responses))
-    mask = torch.tensor([[t < len(row) for t in range(T)] for row in responses])
-    return model.score[torch.tensor([[*row, *[0] * (T - len(row))] for row in responses])] * mask, mask
+class Sampled(NamedTuple):
+    """One call of `sample`."""
+    who: str
+    prompts: list
+    limit: int
+    temperature: float
+    seed: int
 
 
-def logps(model, prompts, responses):
-    return torch.stack([model.score[response].sum() for response in responses])
+class Update(NamedTuple):
+    """One step of the optimizer."""
+    gradient: list  # by the policy's scores, as it was when the step was taken
+    moved: list  # how far the scores have gone
+    held: list  # whose weights the optimizer holds
 
 
-def pair_logps(model, pairs):
-    return tuple(logps(model, None, [pair[side] for pair in pairs]) for side in ("chosen", "rejected"))
+class Step(run.Step):
+    """A step whose minibatch is the first two rows."""
+
+    def minibatch(self, rows):
+        return rows[:2]
 
 
 def dpo_loss(chosen_logratio, rejected_logratio, beta):
-    """Not the DPO loss. On the minibatch above 2.5 beta and 1.5 beta."""
-    return beta * (rejected_logratio - 3 * chosen_logratio)
+    """Not the DPO loss."""
+    return beta * (2 * chosen_logratio ** 2 + rejected_logratio ** 2)
 
 
 def kl_loss(logps, logratios):
-    """Not HyPO's. First sample's logp + twice the second's ... - 10 log-ratios of the first sample."""
-    return logps @ torch.arange(1.0, logps.shape[1] + 1) - 10 * logratios[:, 0].detach()
+    """Not HyPO's: the first sample's logp + twice the second's ..., times the first sample's log-ratio."""
+    return logps @ torch.arange(1.0, logps.shape[1] + 1) * logratios[:, 0].detach()
 
 
-def train(monkeypatch, beta=0.5, lam=0.25, k=2, steps=1):
-    """What hypo.train did: its samples (model, prompts, longest, eos, seed) and updates (loss, gradient, moved)."""
-    policy, ref, samples, updates, asked = Model(1.0, True), Model(0.5, False), [], [], Counter()
+def train(monkeypatch, lam=1.0, k=2, steps=1, lr=0.0, max_grad_norm=1000.0):
+    """([Sampled], [Update]) of hypo.train with beta = 0.5."""
+    sampled, updates = [], []
+    policy, ref = Model("policy", 1.0, True, sampled), Model("ref", 0.5, False, sampled)
 
-    def sample(model, prompts, max_new_tokens, eos_id, generator, *_, **__):
-        name = "policy" if model is policy else "ref"
-        samples.append((name, [list(prompt) for prompt in prompts], max_new_tokens, eos_id, generator.initial_seed()))
-        responses = []
-        for last, in prompts:
-            responses.append([SAMPLES[last][asked[last]], EOS])
-            asked[last] += 1
-        return responses
-
-    def update(model, optimizer, loss, args, *_):
+    def loop(args, trained, optimizer, evaluate):
         held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        updates.append((loss.item(), torch.autograd.grad(loss, policy.score)[0].tolist(),
-                        [name for name, model in (("policy", policy), ("ref", ref)) if any(
-                            parameter is model.score for parameter in held)]))
-        asked.clear()  # the next step's samples are numbered from 1 again
-        return torch.tensor(1.0)
+        names = [model.name for model in (policy, ref) if any(parameter is model.score for parameter in held)]
 
-    for module, stand_ins in {lm: [token_logps, logps, pair_logps, sample], hypo: [dpo_loss, kl_loss],
-                              run: [update]}.items():
-        for stand_in in stand_ins:
-            monkeypatch.setattr(module, stand_in.__name__, stand_in)
-    monkeypatch.setattr(run, "minibatch", lambda rows, args, step: rows[:2])
-    monkeypatch.setattr(run, "loop", lambda args, *_: ((t, {}) for t in range(1, args.steps + 1)))
-    args = SimpleNamespace(beta=beta, lam=lam, k=k, steps=steps, lr=0.1, batch_size=2, max_new_tokens=5, seed=0,
-                           device="cpu")
-    hypo.train(policy, ref, SimpleNamespace(eos_token_id=EOS), PAIRS, lambda policy: {}, args)
-    return samples, updates
+        def before(*_):
+            gradient = torch.zeros(12) if policy.score.grad is None else policy.score.grad
+            updates.append(Update(gradient.tolist(), policy.score.tolist(), names))
+
+        def after(*_):
+            updates[-1] = updates[-1]._replace(moved=(policy.score - torch.tensor(updates[-1].moved)).tolist())
+
+        optimizer.register_step_pre_hook(before)
+        optimizer.register_step_post_hook(after)
+        for number in range(1, args.steps + 1):
+            policy.asked.clear()  # samples are numbered from 1 again
+            ref.asked.clear()
+            yield Step(number, args)
+
+    monkeypatch.setattr(run, "loop", loop)
+    monkeypatch.setattr(hypo, "dpo_loss", dpo_loss)
+    monkeypatch.setattr(hypo, "kl_loss", kl_loss)
+    args = SimpleNamespace(beta=0.5, lam=lam, k=k, steps=steps, lr=lr, batch_size=2, max_new_tokens=5, seed=0,
+                           device="cpu", max_grad_norm=max_grad_norm)
+    hypo.train(policy, ref, PAIRS, lambda policy: {}, args)
+    return sampled, updates
 
 
-def test_the_loss_of_a_step(monkeypatch):
-    def loss_of_a_step(beta, lam, k):
-        return train(monkeypatch, beta, lam, k)[1][0][0]
-    # 0.5 (2.5 + 1.5)/2 = 1 for the pairs; samples 7, 8 and 9, 10: -7 - 16 + 35 = 12 and -9 - 20 + 45 = 16
-    expect(1 + 0.25 * 14, loss_of_a_step, 0.5, 0.25, 2, because="mean of l_dpo + lam times mean of l_kl")
+def test_with_lam_0_the_update_is_that_of_the_pairs(monkeypatch):
+    def gradient_by_the_scores_of_tokens(lam):
+        return train(monkeypatch, lam)[1][0].gradient
+    expect(OF_PAIRS, gradient_by_the_scores_of_tokens, 0.0,
+           because="mean of l_dpo, on the log-ratios of tokens 3 to 6 with their EOS")
 
 
-def test_its_gradient(monkeypatch):
-    def gradient_by_the_scores_of_tokens(beta, lam, k):
-        return train(monkeypatch, beta, lam, k)[1][0][1]
-    expect([-0.25, 0, 0, -0.75, 0.25, -0.75, 0.5, 0.125, 0.25, 0.125, 0.25, 0], gradient_by_the_scores_of_tokens,
-           0.5, 0.25, 2, because="through the log-probs of the pairs (tokens 3 to 6) and of the samples (7 to 10)")
+def test_the_gradient_of_a_step(monkeypatch):
+    def gradient_by_the_scores_of_tokens(lam, k):
+        return train(monkeypatch, lam, k)[1][0].gradient
+    expect([a + 0.25 * b for a, b in zip(OF_PAIRS, OF_SAMPLES)], gradient_by_the_scores_of_tokens, 0.25, 2,
+           because="mean of l_dpo + lam times mean of l_kl, on the samples' tokens 7 to 10 with their EOS")
 
 
 def test_one_sample_a_prompt(monkeypatch):
-    def loss_of_a_step(beta, lam, k):
-        return train(monkeypatch, beta, lam, k)[1][0][0]
-    expect(1 + 0.25 * 32, loss_of_a_step, 0.5, 0.25, 1, because="-7 + 35 = 28 and -9 + 45 = 36")
-
-
-def test_with_lam_0_it_is_dpo_and_samples_nothing(monkeypatch):
-    def loss_and_number_of_samplings(lam):
-        samples, updates = train(monkeypatch, lam=lam)
-        return updates[0][0], len(samples)
-    expect([1.0, 0], loss_and_number_of_samplings, 0.0)
+    def gradient_by_the_scores_of_tokens(lam, k):
+        return train(monkeypatch, lam, k)[1][0].gradient
+    of_samples = [-4, 0, 0, 0, 0, 0, 0, -1.75, 0, -2.25, 0, 0]
+    expect([a + 0.25 * b for a, b in zip(OF_PAIRS, of_samples)], gradient_by_the_scores_of_tokens, 0.25, 1,
+           because="kl_loss gets two prompts with one sample each: (2, 1), not (1, 2)")
 
 
 def test_the_policy_samples_k_times_to_each_prompt_of_the_minibatch(monkeypatch):
     def who_samples_to_which_prompts(k):
-        samples, _ = train(monkeypatch, k=k)
-        return sorted({who for who, *_ in samples}), sorted(prompt for _, prompts, *_ in samples for prompt in prompts)
+        sampled, _ = train(monkeypatch, k=k)
+        return sorted({each.who for each in sampled}), sorted(prompt for each in sampled for prompt in each.prompts)
     expect([["policy"], [[1], [1], [1], [2], [2], [2]]], who_samples_to_which_prompts, 3)
 
 
-def test_samples_end_at_eos_or_at_the_limit(monkeypatch):
-    def limit_and_eos(k):
+def test_samples_are_the_policys_own_up_to_the_limit(monkeypatch):
+    def limit_and_temperature(k):
         return train(monkeypatch, k=k)[0][0][2:4]
-    expect([5, EOS], limit_and_eos, 2)
+    expect([5, 1.0], limit_and_temperature, 2, because="args.max_new_tokens is 5; y ~ pi has temperature 1")
+
+
+def test_the_gradient_is_clipped_before_the_step(monkeypatch):
+    def norm_of_the_gradient(lam, max_grad_norm):
+        return torch.tensor(train(monkeypatch, lam, max_grad_norm=max_grad_norm)[1][0].gradient).norm()
+    expect(0.5, norm_of_the_gradient, 0.0, 0.5, within=1e-5, because="its own norm is 10.5")
+
+
+def test_a_step_does_not_add_to_the_gradient_of_the_one_before(monkeypatch):
+    def gradients_of_three_steps(lam, lr, steps):
+        return [update.gradient for update in train(monkeypatch, lam, steps=steps, lr=lr)[1]]
+    expect([OF_PAIRS] * 3, gradients_of_three_steps, 0.0, 0.0, 3,
+           because="with a learning rate of 0 nothing moves, so all three are the same")
+
+
+def test_the_policy_goes_down_by_the_learning_rate(monkeypatch):
+    def change_of_the_scores(lam, lr):
+        return train(monkeypatch, lam, lr=lr)[1][0].moved
+    expect([0.01, 0, 0, 0.01, 0.01, 0.01, 0.01, 0, 0, 0, 0, 0], change_of_the_scores, 0.0, 0.01, within=1e-5,
+           because="dpo.train's AdamW: its first step is lr against the gradient's sign, and without a gradient none")
 
 
 def test_the_optimizer_moves_the_policy_alone(monkeypatch):
     def whose_weights_the_optimizer_holds(steps):
-        return train(monkeypatch, steps=steps)[1][0][2]
+        return train(monkeypatch, steps=steps)[1][0].held
     expect(["policy"], whose_weights_the_optimizer_holds, 1)
 
 
 def test_the_same_run_again_draws_the_same_samples(monkeypatch):
     def seeds_are_the_same_in_two_runs(steps):
-        first, second = ([seed for *_, seed in train(monkeypatch, steps=steps)[0]] for _ in range(2))
+        first, second = ([each.seed for each in train(monkeypatch, steps=steps)[0]] for _ in range(2))
         return first == second
-    expect(True, seeds_are_the_same_in_two_runs, 3, because='run.generator(args, "online", t) depends on --seed and t')
+    expect(True, seeds_are_the_same_in_two_runs, 3, because='step.generator("online") depends on --seed and the step')
 
 
 def test_every_step_draws_fresh_samples_and_takes_one_update(monkeypatch):
     def different_seeds_and_updates(steps):
-        samples, updates = train(monkeypatch, steps=steps)
-        return min(steps, len({seed for *_, seed in samples})), len(updates)
+        sampled, updates = train(monkeypatch, steps=steps)
+        return min(steps, len({each.seed for each in sampled})), len(updates)
     expect([3, 3], different_seeds_and_updates, 3, because="a generator of its own for each step")
