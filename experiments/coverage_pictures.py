@@ -273,6 +273,7 @@ def say_what_descent_finds():
 
 def tour(out: Path):
     """Print the tour, and draw its pictures into `out`."""
+    torch.set_num_threads(1)  # for tables this small a second thread only makes the first wait
     for part in (say_definitions, say_slides, say_beyond, say_what_descent_finds):
         part()
     out.mkdir(parents=True, exist_ok=True)

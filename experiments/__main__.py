@@ -1,0 +1,193 @@
+"""The experiments of the two papers, one command each.
+
+    python -m experiments goodhart           # do the runs that are missing, then report, table, verdicts and picture
+    python -m experiments all                # every study
+    python -m experiments all --quick        # two seeds, few and short runs: to see that everything works
+    python -m experiments pages              # results/README.md and its pictures again, from results/*.json
+    python -m experiments mean RUN RUN ...   # a table of any runs, with the means of those that differ in their seed
+
+Tang et al. 2024 (arXiv 2405.08448) ask why online preference fine-tuning beats offline, when both know the
+same labels; the setting is in experiments/setting.py.
+
+    goodhart      online against offline IPO at equal KL, and what over-optimisation is (their Figure 1)
+    algorithms    IPO, DPO, HyPO and PPO on the same pairs and the same proxy
+    proxy         the same with another proxy, the offline policy itself, and with one from a fifth of the pairs
+    coverage      is it the data? the online run's own pairs, replayed in order and shuffled (Figures 4, 13)
+    quality       is it better responses? offline pairs from better policies (Figures 5, 12)
+    classify      is it better classification? proxy and policies as classifiers (Figures 6, 7, 8)
+    loss          is it the contrastive loss? IPO, DPO, Best-of-2 (Figure 9)
+    scale         is it the size? policies of four widths with the same proxy (Figures 10, 11)
+    iterate       how fresh must the data be? two to eight rounds between offline and online
+
+Song et al. 2024 (arXiv 2406.01462) add to offline data the KL on online samples.
+
+    hypo          HyPO against DPO: reverse KL along training, lam, data that miss a part (Figure 1, Table 1)
+    extrapolate   log-probs of preferred, rejected and unseen good responses along training (Figure 2)
+
+The budget is KL(pi || pi_ref). Intervals are 95 % by Student over seeds. Finished runs are in runs/study and are not
+done again. Reports are in results/: a study of tiny with five seeds or more replaces the one that is there, unless that
+has more seeds; all others are trials and leave theirs beside their runs.
+"""
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+from pathlib import Path
+
+import torch
+
+import run
+from data import read_pairs
+from eval import read_metrics, read_summary, table
+from experiments import pages, stats
+from experiments.jobs import directory, run_jobs
+from experiments.setting import CLASSIFY, FINAL, Run, setting_of
+from experiments.studies import QUALITY, REPLAYS, STUDIES
+from lm import LM
+from world import golden_judge
+
+FULL = dict(seeds=5, steps=200, batch_size=64, lr=5e-4, eval_every=25, eval_samples=512, pairs=2000)
+QUICK = dict(seeds=2, steps=48, batch_size=32, lr=5e-4, eval_every=16, eval_samples=128, pairs=200)
+PRETRAINED = dict(batch_size=8, lr=2e-5, eval_samples=64)  # in place of these, if the model is not tiny
+KEPT = ("step", "reverse_kl", "win_rate", "win_rate_picks", "win_rate_judges", "golden_win_rate_picks",
+        "golden_win_rate_judges", "golden_reward", "sampled_proxy_reward", "accuracy", "data_accuracy",
+        "data_chosen_logratio", "data_rejected_logratio", "best_logratio", "uncovered", "response_length")
+
+
+def collect(options, jobs: list[Run]) -> dict:
+    """The evaluations of every run, and what some studies need beside."""
+    def folders(job: Run) -> list[Path]:
+        return [directory(options, seed, job) for seed in options.seeds]
+
+    def measured(job: Run) -> list[dict]:
+        return [json.loads((folder / "job.json").read_text()) for folder in folders(job)]
+
+    trained = [job for job in jobs if job.source]
+    found: dict = {"evaluations": {job.name: [
+        [{key: line[key] for key in KEPT if key in line} for line in read_metrics(folder) if "reverse_kl" in line]
+        for folder in folders(job)] for job in trained}}
+    found["core-minutes"] = sum(read_summary(folder)["seconds"] for job in trained for folder in folders(job)) / 60
+    for made in {setting_of(job) for job in jobs}:
+        found[f"{made.name} accuracy"] = [of_seed["reward_accuracy"] for of_seed in measured(made)]
+    if CLASSIFY in jobs:
+        found["classify"] = measured(CLASSIFY)
+    if REPLAYS[1] in jobs:
+        online, again = ([(folder / "policy" / "model.safetensors").read_bytes() for folder in folders(job)]
+                         for job in (FINAL, REPLAYS[1]))
+        found["equal bytes"] = [a == b for a, b in zip(online, again)]
+    for kind, arm in QUALITY.items():
+        if set(arm) <= set(jobs):
+            made = arm[0] if kind != "golden" else setting_of(arm[0])
+            found[f"pairs {kind}"] = [of_pairs(pairs / "pairs.jsonl", policy / "policy")
+                                      for pairs, policy in zip(folders(made), folders(arm[0]))]
+    return found
+
+
+def of_pairs(path: Path, policy: Path) -> dict:
+    """Mean golden reward of the responses of some pairs, and the mean distance within a pair."""
+    lm, pairs = LM.load(str(policy)), read_pairs(path)
+    prompts, *sides = ([lm.decode(ids) for ids in side] for side in list(zip(*pairs))[:3])
+    chosen, rejected = (golden_judge(prompts, side) for side in sides)
+    return {"mean": sum(chosen + rejected) / (2 * len(pairs)),
+            "gap": sum(abs(a - b) for a, b in zip(chosen, rejected)) / len(pairs)}
+
+
+def conclude(options, name: str) -> None:
+    """results/NAME.json of a study whose runs are done; prints its table and its verdicts."""
+    study = STUDIES[name]
+    found = {**collect(options, list(dict.fromkeys(study.runs))), "pairs": options.pairs}
+    rows, claims = study.conclude(stats.Results(found))
+    chip = torch.cuda.get_device_name() if options.device.startswith("cuda") else f"{os.cpu_count()} CPU cores"
+    report = {
+        "study": name, "title": study.title, "command": f"python -m experiments {name}{options.flags}",
+        "commit": commit(), "seeds": list(options.seeds),
+        "settings": {key: getattr(options, key) for key in FULL if key != "seeds"},
+        "hardware": f"{chip}, torch {torch.__version__.partition('+')[0]}", "table": rows, "claims": claims, **found}
+    rounded = json.loads(json.dumps(report), parse_float=five_digits, parse_constant=null)
+    run.write_text(options.results / f"{name}.json", json.dumps(rounded) + "\n")
+    print(f"{pages.as_text(report)}\n\n{options.results}/{name}.png, {options.results}/{name}.json")
+
+
+def five_digits(text: str) -> float:
+    return float(f"{float(text):.5g}")
+
+
+def null(text: str) -> None:
+    """For NaN: one seed has no interval."""
+
+
+def commit() -> str:
+    """The commit of the code, with + if files differ from it; "unknown" where there is no git."""
+    describe = ["git", "describe", "--always", "--dirty=+", "--abbrev=7"]
+    try:
+        found = subprocess.run(describe, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    except FileNotFoundError:
+        found = ""
+    return found or "unknown"
+
+
+def parse(argv):
+    """(options, names of the studies) of the command."""
+    parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("name", choices=[*STUDIES, "all", "pages", "mean"], metavar="NAME", help=", ".join(STUDIES) + ", all, pages or "
+        "mean")
+    add("runs", nargs="*", metavar="RUN", help="directories of runs, for mean alone")
+    add("--seeds", type=int, help="how many seeds, 0, 1, ... (default 5; with --quick 2)")
+    add("--quick", action="store_true", help="short runs on few pairs, kept apart in runs/study-quick: they show that "
+        "everything works, not what comes out")
+    add("--model", default="tiny", help="what to study: tiny, a transformers directory, or a hub name (default tiny)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
+    add("--jobs", type=int, help="runs at a time (default: the number of cores for tiny on the CPU, else 1)")
+    options = parser.parse_args(argv)
+    if bool(options.runs) != (options.name == "mean"):
+        parser.error("mean needs directories of runs, and nothing else takes them")
+    tiny = options.model == "tiny"
+    defaults = {**(QUICK if options.quick else FULL), **({} if tiny else PRETRAINED)}
+    seeds = defaults["seeds"] if options.seeds is None else options.seeds
+    if seeds < 1 or (options.jobs is not None and options.jobs < 1):
+        parser.error("--seeds and --jobs must be at least 1")
+    if options.name == "scale" and not tiny:
+        parser.error("scale makes built-in models of four widths: it takes no --model")
+    vars(options).update(defaults, seeds=range(seeds), flags="".join([
+        " --quick" * options.quick, f" --model {options.model}" * (not tiny),
+        f" --seeds {seeds}" * (seeds != defaults["seeds"])]))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    options.jobs = options.jobs or (cores if tiny and options.device == "cpu" else 1)
+    options.threads = max(1, cores // options.jobs)
+    options.work = Path("runs") / ("study" + "-quick" * options.quick + (
+        "" if tiny else "-" + re.sub(r"\W+", "-", options.model).strip("-")))
+    standard = tiny and not options.quick and seeds >= FULL["seeds"]
+    options.results = Path("results") if standard else options.work / "results"  # a trial must not replace them
+    return options, [options.name] if options.name != "all" else [name for name in STUDIES if tiny or name != "scale"]
+
+
+def main(argv=None) -> None:
+    options, names = parse(argv)
+    if options.name == "mean":
+        print(table(stats.rows_of_runs(options.runs)))
+        return
+    if options.name == "pages":
+        pages.write_pages(Path("results"), list(STUDIES))
+        return
+    run_jobs(options, [(seed, job) for name in names for job in STUDIES[name].runs for seed in options.seeds])
+    concluded = []
+    for name in names:
+        path = options.results / f"{name}.json"
+        n = len(json.loads(path.read_text(encoding="utf-8"))["seeds"]) if path.exists() else 0
+        if n > len(options.seeds):
+            print(f"\n{path} has {n} seeds, more than these {len(options.seeds)}: it stays as it is")
+        else:
+            conclude(options, name)
+            concluded.append(name)
+    pages.write_pages(options.results, concluded)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the workers, too, as Ctrl-C does
+    run.start(main, again="the same command goes on where it stopped")

@@ -1,0 +1,367 @@
+"""The controlled setting of Tang et al. 2024 (arXiv 2405.08448, section 3), and what a run in it starts from.
+
+The golden reward of world.py plays the human. It labels the offline pairs D_golden, two samples of pi_ref a
+prompt. From the same pairs
+
+    offline   the policy learns directly;
+    online    a proxy reward model learns, which labels pairs that the policy samples as it goes.
+
+So both arms know the same labels. Every evaluation is against the golden baseline, a policy that trained
+online on the golden reward itself, and beside it against pi_ref.
+
+Different from the paper: labels are drawn from Bradley-Terry instead of being the sign of the preference; the
+proxy is a reward model instead of a pairwise one, scored once a response; and a seed changes pairs, proxy and
+golden baseline, where the paper has one of each.
+
+The training is that of hypo.py, dpo.py and rlhf.py. A run here is their command, started from `begin` below.
+"""
+
+import argparse
+import dataclasses
+import json
+import re
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import data
+import dpo
+import hypo
+import rlhf
+import run
+import world
+from eval import implicit_reward_metrics, read_metrics, read_summary, win_rate
+from lm import LM, Encoded
+
+# ---------------------------------------------------------------------------------------------------
+# runs
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One job of a seed, most often a training run; the defaults are what most runs share."""
+    algorithm: str  # ipo, dpo, bo2, hypo or ppo; or setting, or classify
+    source: str = "offline"  # of ipo, dpo and bo2: offline, online, iterative; or replay, of the online run's pairs
+    beta: float = 0.1
+    lr: float = 1.0  # in units of the study's learning rate
+    data: str = "golden"  # which offline pairs: see make_pairs
+    judge: str = "proxy"  # who labels online pairs: proxy, golden; implicit: the offline policy's log-ratio
+    lam: float = 0.0  # HyPO's
+    rounds: int = 0  # of an iterative run
+    window: int = 1  # replay: pairs are shuffled within windows of this many steps; 0: all of them
+    width: int = 0  # of the policy; 0: the model that --model names
+    steps: float = 1.0  # share of the study's steps
+    pairs: float = 1.0  # share of the study's offline pairs
+
+    @property
+    def name(self) -> str:
+        """Its directory, and its key in results/*.json: algorithm, source, and what differs from the defaults."""
+        values = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)[2:]]
+        changed = [f"{field.name}-{value:g}" if isinstance(value, (int, float)) else f"{field.name}-{value}"
+                   for field, value in values if value != field.default]
+        return "-".join([self.algorithm, *[self.source] * bool(self.source), *changed])
+
+    @property
+    def label(self) -> str:
+        """The algorithm's name in tables and pictures."""
+        return self.algorithm if self.source == "offline" else f"{self.source} {self.algorithm}"
+
+
+GOLDEN = Run("ipo", "online", judge="golden")  # the opponent of every evaluation
+EARLY = Run("ipo", "online", steps=0.2)  # the online policy as it was early on
+FINAL = Run("ipo", "online")
+OFFLINE = Run("ipo")
+SIDES = {"early": EARLY, "final": FINAL}  # policies whose samples make offline pairs of other kinds
+CLASSIFY = Run("classify", "")
+
+
+def setting_of(job: Run) -> Run:
+    """The job that makes the pairs and the proxy of a run."""
+    return Run("setting", "", pairs=job.pairs)
+
+
+def needs(seed: int, job: Run) -> list[tuple[int, Run]]:
+    """The jobs that must be finished before this one."""
+    if job.algorithm == "setting":
+        return []
+    if job == CLASSIFY:
+        return [(seed, FINAL), (seed, OFFLINE)]
+    found = [setting_of(job), *[GOLDEN] * (job != GOLDEN), *[OFFLINE] * (job.judge == "implicit")]
+    if job.source == "replay":
+        found.append(dataclasses.replace(job, source="online", window=1))
+    found += [policy for name, policy in SIDES.items() if name in job.data]
+    return [(seed, needed) for needed in found]
+
+
+# ---------------------------------------------------------------------------------------------------
+# what jobs do: folder is the seed's directory, argv a command line
+
+def make_setting(argv: list[str], out: Path) -> dict:
+    """D_golden, held-out pairs, the best unseen responses, and the proxy: stage 1 of rlhf.py on D_golden."""
+    def begin_setting(args):
+        start = data.start(args)
+        for name, pairs in (("pairs", start.pairs), ("held_out", start.held_out), ("best", best_unseen(start, args))):
+            data.write_pairs(args.out / f"{name}.jsonl", pairs)
+        return start
+
+    rlhf.main([*argv, "--stage", "reward"], begin_setting)
+    learned = read_metrics(out / "reward")[-1]
+    return {name: learned[name] for name in ("reward_accuracy", "golden_correlation")}
+
+
+def best_unseen(start: data.Start, args, n: int = 32) -> list[Encoded]:
+    """For some prompts the best of n samples of pi_ref that are not in the pair, beside the pair's chosen response."""
+    asked, policy, best = start.pairs[:128], start.ref, []
+    prompts = [policy.decode(pair.prompt) for pair in asked]
+    generator = torch.Generator(args.device).manual_seed(run.seed_of(args.seed, "best"))
+    _, ids, texts = policy.respond(prompts * n, args.max_new_tokens, generator)
+    for i, pair in enumerate(asked):
+        seen = policy.decode(pair.chosen), policy.decode(pair.rejected)
+        _, j = max((world.golden_reward(prompts[i], texts[j]), j) for j in range(i, len(texts), len(asked))
+                   if texts[j] not in seen)
+        best.append(Encoded(pair.prompt, ids[j], pair.chosen))
+    return best
+
+
+def train(job: Run, argv: list[str], folder: Path) -> None:
+    """A training run, by the algorithm's own main."""
+    start = partial(begin, job, folder)
+    if job.algorithm == "hypo":
+        hypo.main(argv, start)
+    elif job.algorithm == "ppo":
+        rlhf.main(argv, start)
+    else:
+        online = dataclasses.replace(job, source="online", window=1)
+        dpo.main(argv, start, {"online": recorded, "replay": partial(
+            replay, folder / online.name / "stream.jsonl", job.window)}.get(job.source))
+
+
+def begin(job: Run, folder: Path, args) -> data.Start:
+    """What a run of the setting starts from, in place of data.start."""
+    policy, setting = load_ref(job, args), folder / setting_of(job).name
+    ref = policy.frozen_copy()
+    golden, held_out, best = (data.add_ref_logps(ref, data.read_pairs(setting / f"{name}.jsonl"))
+                              for name in ("pairs", "held_out", "best"))
+    proxy = data.judge_named(str(setting / "reward" / "model"), args.device)
+    label = proxy if job.judge == "proxy" else world.golden_judge
+    if job.judge == "implicit":
+        label = implicit_judge(policy_of(OFFLINE, folder, args), ref, args.max_new_tokens)
+    pairs = golden
+    if job.data != "golden":
+        pairs = data.add_ref_logps(ref, make_pairs(job, ref, folder, args))
+        data.write_pairs(args.out / "pairs.jsonl", pairs)
+    baseline = json.loads((folder / GOLDEN.name / "baseline.json").read_text()) if job != GOLDEN else None
+    prompts, held_out_prompts = world.world_prompts()
+    return data.Start(policy, ref, pairs, prompts, held_out, held_out_prompts, label, world.golden_judge, None,
+                      measures(golden[:256], best, baseline, proxy))
+
+
+def load_ref(job: Run, args) -> LM:
+    """pi_ref: the model that --model names, or the built-in one in another width."""
+    if args.model != "tiny" and not job.width:
+        return data.load_policy(args, args.model)
+    return data.load_policy(args, str(data.tiny_directory(args.device, width=job.width or data.TINY["width"])))
+
+
+def policy_of(job: Run, folder: Path, args) -> LM:
+    """The policy that a finished run left."""
+    return data.load_policy(args, str(folder / job.name / "policy"))
+
+
+def args_of(job: Run, folder: Path) -> argparse.Namespace:
+    """The arguments of a finished run."""
+    return argparse.Namespace(**read_summary(folder / job.name)["settings"])
+
+
+def write_baseline(folder: Path) -> None:
+    """The rewards of the golden baseline's responses, the opponent of all other runs.
+
+    The responses are drawn apart from every evaluation.
+    """
+    args = args_of(GOLDEN, folder)
+    prompts = world.world_prompts()[1]
+    asked = [prompts[i % len(prompts)] for i in range(args.eval_samples)]
+    with run.precision(args):
+        policy = policy_of(GOLDEN, folder, args)
+        _, _, texts = responder(policy, args)(asked, run.seed_of(args.seed, "baseline"))
+    run.write_text(folder / GOLDEN.name / "baseline.json", json.dumps(world.golden_judge(asked, texts)))
+
+
+# ---------------------------------------------------------------------------------------------------
+# pairs of other kinds, another judge, and further measures
+
+UNCOVERED = re.compile(r"\b(?:awful|terrible|dreadful|boring|hated)\b")  # what partial-coverage data never say
+
+
+def responder(policy: LM, args):
+    """The policy as a function (prompts, seed) -> (prompt ids, response ids, texts)."""
+    def respond(prompts, seed: int):
+        return policy.respond(prompts, args.max_new_tokens, torch.Generator(args.device).manual_seed(seed))
+    return respond
+
+
+def make_pairs(job: Run, ref: LM, folder: Path, args) -> list[Encoded]:
+    """The offline pairs that a run learns from, of the kind job.data; the golden preference labels all kinds.
+
+    final-final, sft-early, early-final: the sides come from pi_ref (sft) and from the online policy after a fifth
+    of its training (early) and at its end (final). covered: both sides come from pi_ref given that they hold no
+    word of UNCOVERED.
+    """
+    respond = responder(ref, args)
+
+    def covered(prompts, seed: int):
+        prompt_ids, ids, texts = respond(prompts, seed)
+        while again := [i for i, text in enumerate(texts) if UNCOVERED.search(text)]:
+            seed = run.seed_of(seed, "again")
+            _, new_ids, new_texts = respond([prompts[i] for i in again], seed)
+            for i, new, text in zip(again, new_ids, new_texts):
+                ids[i], texts[i] = new, text
+        return prompt_ids, ids, texts
+
+    def two_sided(prompts, seed: int):  # data.collect asks for all first responses, then for all second ones
+        half = len(prompts) // 2
+        first, second = sides[0](prompts[:half], seed), sides[1](prompts[half:], run.seed_of(seed, "second"))
+        return [a + b for a, b in zip(first, second)]
+
+    if job.data != "covered":
+        sides = [respond if side == "sft" else responder(policy_of(SIDES[side], folder, args), args)
+                 for side in job.data.split("-")]
+    return data.collect(covered if job.data == "covered" else two_sided, world.world_prompts()[0], args.pairs,
+                        args.seed, world.golden_judge)
+
+
+def implicit_judge(policy: LM, ref: LM, max_new_tokens: int, batch_size: int = 64) -> world.Judge:
+    """A policy's implicit reward as a judge: log pi(y|x) / pi_ref(y|x), nats."""
+    @torch.no_grad()
+    def log_ratios(prompts: list[str], responses: list[str]) -> list[float]:
+        rewards: list[float] = []
+        for i in range(0, len(prompts), batch_size):
+            rows = ([policy.encode_prompt(text) for text in prompts[i:i + batch_size]],
+                    [policy.encode_response(text, max_new_tokens) for text in responses[i:i + batch_size]])
+            rewards += (policy.logps(*rows) - ref.logps(*rows)).tolist()
+        return rewards
+    return world.Judge("implicit", log_ratios)
+
+
+def measures(pairs: list[Encoded], best: list[Encoded], baseline: list[float] | None, proxy):
+    """The function (policy, evaluated rows) -> metrics that the studies add to every evaluation.
+
+    win_rate_picks, win_rate_judges        against pi_ref on each half of the held-out prompts
+    golden_win_rate_picks, ..._judges      against the golden baseline
+    sampled_proxy_reward                   mean reward by the proxy, where golden_reward is by the golden one
+    data_accuracy, data_chosen_logratio, data_rejected_logratio     on pairs of D_golden, as labelled
+    best_logratio                          log-ratio of good responses that are not in D_golden
+    uncovered                              share of responses that say what partial-coverage data never say
+
+    pairs: of D_golden; best: of best_unseen. baseline: the golden baseline's rewards.
+    """
+    def more(policy, rows: list[dict]) -> dict:
+        rewards, texts = [row["reward"] for row in rows], [row["response"] for row in rows]
+        opponents = {"win_rate": [row["ref_reward"] for row in rows]}
+        if baseline:
+            opponents["golden_win_rate"] = baseline
+        metrics = {f"{name}_{half}": win_rate(rewards[start::2], against[start::2])[0]
+                   for name, against in opponents.items() for half, start in (("picks", 0), ("judges", 1))}
+        judged = proxy([row["prompt"] for row in rows], texts)
+        on_data = implicit_reward_metrics(policy, pairs)
+        return {**metrics, "sampled_proxy_reward": sum(judged) / len(judged),
+                **{f"data_{name}": value for name, value in on_data.items()},
+                "best_logratio": implicit_reward_metrics(policy, best)["chosen_logratio"],
+                "uncovered": sum(bool(UNCOVERED.search(text)) for text in texts) / len(texts)}
+    return more
+
+
+# ---------------------------------------------------------------------------------------------------
+# the online stream, saved and given again: two more sources of pairs for dpo.main
+
+def recorded(start, args):
+    """dpo.online, which also leaves each step's pairs in stream.jsonl: a line a step."""
+    online, path, going_on = dpo.online(start, args), args.out / "stream.jsonl", False
+
+    def pairs_of(step):
+        nonlocal going_on
+        if not going_on and path.exists():  # an interrupted run got further than its last checkpoint
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            run.write_text(path, "".join(lines[:step.number - 1]))
+        going_on = True
+        pairs = online(step)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(pairs) + "\n")
+        return pairs
+    return pairs_of
+
+
+def read_stream(path) -> list[list[Encoded]]:
+    """The pairs of each step, as `recorded` left them."""
+    return [[Encoded(*pair) for pair in pairs] for pairs in run.read_rows(path)]
+
+
+def replay(path, window: int, start, args):
+    """A recorded stream in its order (window 1), or its pairs shuffled within windows of so many steps (0: all).
+
+    Every step keeps its number of pairs, and every pair is used exactly once, as it was online.
+    """
+    stream, batches = read_stream(path), []
+    window = window or len(stream)
+    for first in range(0, len(stream), window):
+        steps = stream[first:first + window]
+        pairs = [pair for step in steps for pair in step]
+        if window > 1:
+            generator = torch.Generator().manual_seed(run.seed_of(args.seed, "replay", window, first))
+            pairs = [pairs[i] for i in torch.randperm(len(pairs), generator=generator)]
+        for step in steps:
+            batches.append(pairs[:len(step)])
+            pairs = pairs[len(step):]
+    return lambda step: batches[step.number - 1]
+
+
+# ---------------------------------------------------------------------------------------------------
+# proxy and policies as classifiers
+
+def classify(folder: Path) -> dict:
+    """How often proxy and policies rank two responses as the golden reward does, whose ties are left out.
+
+    The online and the offline policy are those at the end of training. They rank ten stretches, of five steps each,
+    of the online stream; and each policy ranks samples of its own.
+    """
+    args = args_of(FINAL, folder)
+    with run.precision(args):
+        ref = load_ref(CLASSIFY, args)
+        policies = {"online": policy_of(FINAL, folder, args), "offline": policy_of(OFFLINE, folder, args)}
+        proxy = data.judge_named(str(folder / setting_of(CLASSIFY).name / "reward" / "model"), args.device)
+        stream = read_stream(folder / FINAL.name / "stream.jsonl")
+        found: dict = {"steps": [round((i + 1) * len(stream) / 10) for i in range(10)],  # where the stretches end
+                       "proxy": [], "online": [], "offline": []}
+        for step in found["steps"]:
+            pairs = [pair for batch in stream[max(0, step - 5):step] for pair in batch]
+            truth = judged_gaps(world.golden_judge, ref, pairs)
+            found["proxy"].append(accuracy(judged_gaps(proxy, ref, pairs), truth))
+            for arm, policy in policies.items():
+                found[arm].append(accuracy(implicit_gaps(policy, pairs), truth))
+        prompts = world.world_prompts()[1] * 4
+        for arm, policy in policies.items():
+            (ids, first, _), (_, second, _) = (
+                responder(policy, args)(prompts, run.seed_of(args.seed, "self", side)) for side in range(2))
+            pairs = data.add_ref_logps(ref, [Encoded(*row) for row in zip(ids, first, second)])
+            truth = judged_gaps(world.golden_judge, ref, pairs)
+            found[f"{arm}_self"] = accuracy(implicit_gaps(policy, pairs), truth)
+    return found
+
+
+def judged_gaps(judge, policy: LM, pairs: list[Encoded]) -> torch.Tensor:
+    """(N,) the judge's reward of the chosen response minus that of the rejected one."""
+    prompts, chosen, rejected = ([policy.decode(ids) for ids in side] for side in list(zip(*pairs))[:3])
+    return torch.tensor(judge(prompts, chosen)) - torch.tensor(judge(prompts, rejected))
+
+
+@torch.no_grad()
+def implicit_gaps(policy: LM, pairs: list[Encoded], batch_size: int = 64) -> torch.Tensor:
+    """(N,) the policy's log-ratio of the chosen response minus that of the rejected one."""
+    return torch.cat([torch.sub(*policy.logratios(pairs[i:i + batch_size])).cpu()
+                      for i in range(0, len(pairs), batch_size)])
+
+
+def accuracy(predicted: torch.Tensor, truth: torch.Tensor) -> float:
+    """Share of pairs whose predicted gap (N,) has the sign of the true one, 0 counting one half."""
+    predicted, truth = predicted[truth != 0], truth[truth != 0]
+    return ((predicted * truth > 0) + 0.5 * (predicted == 0)).mean(dtype=torch.float32).item()

@@ -1,0 +1,653 @@
+"""The studies: a job is the algorithm's own command, replay gives the online run again, jobs come in order, the
+statistics are what they say, and results/ is what its JSON files say, which in turn follow from their evaluations."""
+
+import dataclasses
+import json
+import math
+import random
+import re
+import shutil
+import statistics
+from argparse import Namespace
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
+from test_run import not_in_the_glossary
+
+import data
+import dpo
+import hypo
+import rlhf
+import world
+from eval import read_metrics, table
+from experiments import __main__ as command
+from experiments import draw, jobs, pages, setting, stats, studies
+from experiments.jobs import with_needs
+from experiments.setting import (
+    CLASSIFY,
+    EARLY,
+    FINAL,
+    GOLDEN,
+    OFFLINE,
+    Run,
+    needs,
+    read_stream,
+    recorded,
+    replay,
+    setting_of,
+)
+from experiments.stats import Results
+from experiments.studies import IMPLICIT, REPLAYS, STUDIES
+from judges import load_judge
+from lm import LM, Encoded
+from models import random_gpt2
+from run import UserError, read_rows
+
+ROOT = Path(__file__).parent.parent
+RUNS = list(dict.fromkeys(job for study in STUDIES.values() for job in study.runs))
+REPORTS = {name: ROOT / "results" / f"{name}.json" for name in STUDIES}
+law = pytest.mark.law
+seeds = st.integers(0, 10**6).map(random.Random)
+
+
+def step(number: int) -> Namespace:
+    return Namespace(number=number)
+
+
+# ---------------------------------------------------------------------------------------------------
+# the saved stream
+
+def pair(*number: int) -> Encoded:
+    return Encoded(list(number), [1], [2], -1.25, -2.5)
+
+
+streams = st.lists(st.integers(0, 5), min_size=1, max_size=12).map(
+    lambda sizes: [[pair(step, i) for i in range(size)] for step, size in enumerate(sizes)])
+
+
+def batches_of(path, stream, window, seed=0):
+    path.write_text("".join(json.dumps(pairs) + "\n" for pairs in stream))
+    source = replay(path, window, None, Namespace(seed=seed))
+    return [source(step(number)) for number in range(1, len(stream) + 1)]
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    return tmp_path_factory.mktemp("stream") / "stream.jsonl"
+
+
+@law
+@given(streams, st.integers(0, 15), st.integers(0, 3))
+def test_a_replay_uses_every_pair_once_at_its_step_size_and_within_its_window(file, stream, window, seed):
+    batches = batches_of(file, stream, window, seed)
+    assert [len(batch) for batch in batches] == [len(pairs) for pairs in stream]
+    pairs = [pair for batch in batches for pair in batch]
+    assert sorted(pairs) == sorted(pair for pairs in stream for pair in pairs)
+    width = window or len(stream)
+    assert all(number // width == pair.prompt[0] // width for number, batch in enumerate(batches) for pair in batch)
+    if window == 1:
+        assert batches == stream
+
+
+@law
+def test_a_replay_shuffles(file):
+    stream = [[pair(number, i) for i in range(8)] for number in range(8)]
+    for window in (2, 4, 0):
+        assert batches_of(file, stream, window) != stream
+
+
+def test_the_stream_of_a_resumed_run_has_every_step_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(dpo, "online", lambda start, args: lambda step: [pair(step.number)])
+    args = Namespace(out=tmp_path)
+    source = recorded(None, args)
+    for number in range(1, 6):  # interrupted in step 6; the last checkpoint is of step 3
+        source(step(number))
+    with open(tmp_path / "stream.jsonl", "a") as file:
+        file.write('[{"step": 6')
+    source = recorded(None, args)
+    for number in range(4, 9):
+        source(step(number))
+    assert read_stream(tmp_path / "stream.jsonl") == [[pair(number)] for number in range(1, 9)]
+
+
+# ---------------------------------------------------------------------------------------------------
+# real runs, on a small random model
+
+@pytest.fixture(scope="module")
+def options(model_dir, tmp_path_factory):
+    return Namespace(model=str(model_dir), work=tmp_path_factory.mktemp("study"), steps=6, batch_size=16, eval_every=3,
+                     eval_samples=16, pairs=64, lr=5e-4, device="cpu", threads=1, jobs=1, seeds=range(1))
+
+
+@pytest.fixture(scope="module")
+def folder(options):
+    """Of the seed."""
+    return options.work / "0"
+
+
+def execute(options, *todo):
+    for job in with_needs([(0, job) for job in todo]):
+        if not jobs.finished(options, *job):
+            jobs.execute(options, *job)
+
+
+def weights(run_directory) -> bytes:
+    return (run_directory / "policy" / "model.safetensors").read_bytes()
+
+
+PLAIN = {"online": (FINAL, dpo.main), "golden": (GOLDEN, dpo.main), "offline": (OFFLINE, dpo.main),
+         "hypo": (Run("hypo", lam=0.004), hypo.main), "ppo": (Run("ppo"), rlhf.main)}
+
+
+@pytest.mark.parametrize("job, main", PLAIN.values(), ids=PLAIN)
+def test_a_job_is_the_plain_command_to_the_byte(job, main, options, folder, tmp_path):
+    execute(options, job)
+    argv = [word for flag in jobs.flags_of(options, 0, job).items() for word in flag]
+    main([*argv, "--out", str(tmp_path / "plain")])
+    assert weights(tmp_path / "plain") == weights(folder / job.name)
+    if job == OFFLINE:
+        main([*argv, "--out", str(tmp_path / "other"), "--lr", "0.00051"])
+        assert weights(tmp_path / "other") != weights(folder / job.name)
+
+
+def test_the_replayed_stream_gives_the_online_run_to_the_byte_and_a_shuffled_one_does_not(options, folder):
+    execute(options, FINAL, REPLAYS[1], REPLAYS[0])
+    assert weights(folder / FINAL.name) == weights(folder / REPLAYS[1].name)
+    assert weights(folder / FINAL.name) != weights(folder / REPLAYS[0].name)
+
+
+def test_the_early_policy_is_the_online_run_stopped_early(options, folder):
+    execute(options, FINAL, EARLY)
+    early, whole = (read_metrics(folder / job.name) for job in (EARLY, FINAL))
+    name = "train_chosen_logratio"
+    assert len(early) == 2 and early[1][name] == whole[1][name]
+
+
+def test_golden_win_rates_are_against_the_baseline_and_the_halves_make_the_whole(options, folder):
+    execute(options, OFFLINE)
+    assert not any("golden_win_rate_judges" in line for line in read_metrics(folder / GOLDEN.name))
+    line = read_metrics(folder / OFFLINE.name)[-1]
+    assert line["win_rate"] == (line["win_rate_picks"] + line["win_rate_judges"]) / 2
+    rewards = [row["reward"] for row in read_rows(folder / OFFLINE.name / "responses.jsonl")]
+    baseline = json.loads((folder / GOLDEN.name / "baseline.json").read_text())
+    wins = [(a > b) + (a == b) / 2 for a, b in zip(rewards, baseline, strict=True)]
+    assert line["golden_win_rate_judges"] == statistics.mean(wins[1::2])
+    assert line["golden_win_rate_picks"] == statistics.mean(wins[0::2])
+
+
+def test_a_run_is_an_ordinary_run_and_every_metric_is_in_the_glossary(options, folder):
+    execute(options, OFFLINE)
+    assert not not_in_the_glossary(folder / OFFLINE.name)
+    left = {path.name for path in (folder / OFFLINE.name).iterdir()}
+    assert {"metrics.jsonl", "summary.json", "curve.png", "policy", "responses.jsonl"} <= left
+    assert "checkpoint.pt" not in left
+
+
+def test_step_0_is_pi_ref(options, folder):
+    execute(options, OFFLINE)
+    line = read_metrics(folder / OFFLINE.name)[0]
+    assert line["best_logratio"] == line["data_chosen_logratio"] == line["reverse_kl"] == 0
+    assert line["data_accuracy"] == 0.5
+
+
+def test_proxy_reward_and_uncovered_share_are_of_the_evaluated_responses(options, folder):
+    execute(options, OFFLINE)
+    rows = read_rows(folder / OFFLINE.name / "responses.jsonl")
+    line = read_metrics(folder / OFFLINE.name)[-1]
+    proxy = load_judge(str(folder / setting_of(OFFLINE).name / "reward" / "model"))
+    rewards = proxy([row["prompt"] for row in rows], [row["response"] for row in rows])
+    assert line["sampled_proxy_reward"] == pytest.approx(statistics.mean(rewards))
+    assert line["uncovered"] == statistics.mean(bool(setting.UNCOVERED.search(row["response"])) for row in rows)
+
+
+def test_each_online_run_is_labelled_by_its_own_judge(options, folder):
+    execute(options, GOLDEN, FINAL, IMPLICIT[1])
+    ref, offline = LM.load(options.model), LM.load(str(folder / OFFLINE.name / "policy"))
+    judges = {GOLDEN: world.golden_judge,
+              FINAL: load_judge(str(folder / setting_of(FINAL).name / "reward" / "model")),
+              IMPLICIT[1]: setting.implicit_judge(offline, ref, 24)}
+    for job, judge in judges.items():
+        pairs = [pair for pairs in read_stream(folder / job.name / "stream.jsonl") for pair in pairs]
+        assert pairs and (setting.judged_gaps(judge, ref, pairs) > 0).all(), job.name
+        others = [setting.judged_gaps(other, ref, pairs) for other in judges.values() if other is not judge]
+        assert all((gaps < 0).any() for gaps in others), "another judge would have labelled otherwise"
+
+
+@law
+def test_the_implicit_judge_is_the_log_ratio(model_dir):
+    ref = LM.load(str(model_dir))
+    policy = random_gpt2(ref.tokenizer, seed=5, dtype=torch.float32)
+    prompts, responses = ["The plot was"] * 3, [" superb.", " never dull, but slow.", " awful."]
+    judged = setting.implicit_judge(policy, ref, 24, batch_size=2)(prompts, responses)
+    for prompt, response, reward in zip(prompts, responses, judged):
+        row = [ref.encode_prompt(prompt)], [ref.encode_response(response, 24)]
+        assert reward == pytest.approx((policy.logps(*row) - ref.logps(*row)).item(), abs=1e-4)
+    assert min(map(abs, judged)) > 1e-3
+
+
+def test_the_best_unseen_response_is_not_in_the_pairs_and_is_good(options, folder):
+    execute(options, setting_of(FINAL))
+    policy, made = LM.load(options.model), folder / setting_of(FINAL).name
+    best, pairs = data.read_pairs(made / "best.jsonl"), data.read_pairs(made / "pairs.jsonl")
+    assert len(best) == len(pairs) == 64
+    for row, pair in zip(best, pairs):
+        assert row.prompt == pair.prompt and row.rejected == pair.chosen
+        assert policy.decode(row.chosen) not in (policy.decode(pair.chosen), policy.decode(pair.rejected))
+    gaps = setting.judged_gaps(world.golden_judge, policy, best)
+    assert (gaps >= 0).float().mean() > 0.9 and gaps.mean() > 0.5, "the best of 32"
+
+
+def test_a_finished_run_is_known_and_other_settings_are_refused(options):
+    execute(options, OFFLINE)
+    assert jobs.finished(options, 0, OFFLINE)
+    other = Namespace(**{**vars(options), "batch_size": 4})
+    with pytest.raises(UserError, match=r"other settings: --batch-size 16 \(now 4\)"):
+        jobs.finished(other, 0, OFFLINE)
+
+
+def test_classify_counts_against_the_golden_reward(options, folder, monkeypatch):
+    execute(options, CLASSIFY)
+    measured = json.loads((folder / CLASSIFY.name / "job.json").read_text())
+    assert len(measured["steps"]) == len(measured["proxy"]) == 10
+    prompts, held_out = world.world_prompts()
+    monkeypatch.setattr(world, "world_prompts", lambda: (prompts, held_out[:16]))  # for speed
+    for sign, expected in ((1, 1.0), (-1, 0.0)):
+        monkeypatch.setattr(data, "judge_named", lambda *a, sign=sign: lambda prompts, responses: [
+            sign * reward for reward in world.golden_judge(prompts, responses)])
+        assert set(setting.classify(folder)["proxy"]) == {expected}
+
+    # policies whose log-ratios are the golden rewards rank everything rightly, the pairs of their own samples, too
+    monkeypatch.setattr(setting, "implicit_gaps", lambda policy, pairs: setting.judged_gaps(
+        world.golden_judge, policy, pairs))
+    measured = setting.classify(folder)
+    assert {*measured["online"], *measured["offline"], measured["online_self"], measured["offline_self"]} == {1.0}
+
+
+@law
+def test_implicit_gaps_are_the_log_ratio_of_chosen_less_rejected(model_dir):
+    ref = LM.load(str(model_dir))
+    policy = random_gpt2(ref.tokenizer, seed=5, dtype=torch.float32)
+    pairs = data.add_ref_logps(ref, [Encoded([1, 2], [3, 0], [4, 5, 0]), Encoded([2], [5, 0], [0])])
+    gaps = setting.implicit_gaps(policy, pairs, batch_size=1)
+    for gap, pair in zip(gaps, pairs):
+        chosen, rejected = (policy.logps([pair.prompt], [side]) - ref.logps([pair.prompt], [side])
+                            for side in (pair.chosen, pair.rejected))
+        assert gap.item() == pytest.approx((chosen - rejected).item(), abs=1e-4)
+
+
+@law
+def test_partial_coverage_pairs_never_say_the_uncovered_words(model_dir):
+    policy = LM.load(str(model_dir))
+    args = Namespace(pairs=100, seed=0, max_new_tokens=24, device="cpu")
+
+    def said(pairs):
+        texts = [policy.decode(side) for pair in pairs for side in (pair.chosen, pair.rejected)]
+        return sum(bool(setting.UNCOVERED.search(text)) for text in texts)
+
+    covered = setting.make_pairs(Run("dpo", data="covered"), policy, None, args)
+    assert len(covered) == 100 and said(covered) == 0
+    assert said(data.collect(setting.responder(policy, args), world.world_prompts()[0], 100, 0,
+                             world.golden_judge)) > 0
+
+
+@law
+@pytest.mark.parametrize("kind, sides", [("final-final", {("final", "final")}), ("sft-early", {("early", "sft")}),
+                                         ("early-final", {("early", "final")})])
+def test_the_sides_of_a_pair_come_from_the_policies_that_it_names(kind, sides, monkeypatch):
+    names = {EARLY.name: "early", FINAL.name: "final"}
+    authors = ["sft", "early", "final"]  # a response's first token is its author
+    monkeypatch.setattr(data, "load_policy", lambda args, path: names[Path(path).parent.name])
+    monkeypatch.setattr(setting, "responder", lambda name, args: lambda prompts, seed: (
+        [[0]] * len(prompts), [[authors.index(name), i] for i in range(len(prompts))],
+        [f" {name} {seed} {i}." for i in range(len(prompts))]))
+    args = Namespace(pairs=50, seed=0)
+    pairs = setting.make_pairs(Run("ipo", data=kind), "sft", Path("x"), args)
+    found = {tuple(sorted(authors[side[0]] for side in (pair.chosen, pair.rejected))) for pair in pairs}
+    assert len(pairs) == 50 and found == sides
+
+
+# ---------------------------------------------------------------------------------------------------
+# jobs
+
+@law
+def test_every_run_has_a_name_of_its_own():
+    assert len({job.name for job in RUNS}) == len(RUNS)
+
+
+@law
+@given(st.lists(st.sampled_from(RUNS), max_size=8), seeds)
+def test_needs_come_first_and_once(chosen, rng):
+    todo = [(rng.randrange(3), job) for job in chosen]
+    ordered = with_needs(todo)
+    assert len(set(ordered)) == len(ordered) and set(todo) <= set(ordered)
+    for i, job in enumerate(ordered):
+        assert set(needs(*job)) <= set(ordered[:i])
+
+
+@pytest.mark.parametrize("job, expected", [
+    (Run("hypo", lam=0.016), {"--lam": "0.016", "--lr": "0.0005", "--judge": "w/0/setting/reward/model"}),
+    (Run("ipo", lr=0.4, pairs=0.2), {"--loss": "ipo", "--sampling": "offline", "--lr": "0.0002", "--pairs": "400",
+                                     "--judge": "w/0/setting-pairs-0.2/reward/model"}),
+    (Run("ipo", "iterative", rounds=8), {"--sampling": "iterative", "--rounds": "8"}),
+    (Run("dpo", "replay", window=0), {"--loss": "dpo", "--sampling": "online"}),
+    (Run("ppo", beta=0.3, steps=0.6), {"--steps": "120", "--beta": "0.3"}),
+    (GOLDEN, {"--judge": "golden"})], ids=lambda value: getattr(value, "name", ""))
+def test_the_flags_of_a_job_say_what_sets_it_apart(job, expected):
+    full = Namespace(**command.FULL, model="tiny", device="cpu", work=Path("w"))
+    found = jobs.flags_of(full, 0, job)
+    assert {flag: found.get(flag) for flag in expected} == expected
+    assert ("--lam" in found) == (job.algorithm == "hypo") and ("--loss" in found) == (job.algorithm in "ipo dpo")
+
+
+def test_a_failed_run_names_itself_and_stops_only_what_needs_it(options, monkeypatch):
+    class Pool:  # in this process, so that the failure can be planted
+        def __init__(self, *_, **__): pass
+        def __enter__(self): return self
+        def __exit__(self, *_): pass
+
+        def submit(self, function, *job):
+            future = Future()
+            if job[2] == FINAL:
+                future.set_exception(ValueError("the gradient is nan"))
+            else:
+                done.append(job[2])
+                future.set_result(None)
+            return future
+
+    done = []
+    monkeypatch.setattr(jobs, "ProcessPoolExecutor", Pool)
+    elsewhere = Namespace(**{**vars(options), "work": options.work / "elsewhere"})
+    with pytest.raises(UserError, match="ipo-online: the gradient is nan"):
+        jobs.run_jobs(elsewhere, [(0, FINAL), (0, REPLAYS[0]), (0, OFFLINE)])
+    assert OFFLINE in done and REPLAYS[0] not in done
+
+
+def test_a_bug_in_a_job_leaves_its_trace_in_the_log(options, monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError("planted")
+    monkeypatch.setattr(setting, "make_setting", broken)
+    elsewhere = Namespace(**{**vars(options), "work": options.work / "broken"})
+    with pytest.raises(ZeroDivisionError):
+        jobs.execute(elsewhere, 0, setting_of(FINAL))
+    log = (elsewhere.work / "0" / "setting" / "log.txt").read_text()
+    assert "in broken" in log and "planted" in log and not (elsewhere.work / "0" / "setting" / "job.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------------
+# statistics
+
+values = st.lists(st.floats(-5, 5), min_size=2, max_size=8)
+
+
+@law
+@pytest.mark.parametrize("df", [*range(1, 12), 19, 20, 21, 30, 100])
+def test_students_quantiles_hold_95_percent(df):
+    steps, t = 4000, stats.student_95(df)
+    norm = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
+    middles = ((i + 0.5) / steps * t for i in range(steps))
+    inside = 2 * t / steps * sum(norm * (1 + x * x / df) ** (-(df + 1) / 2) for x in middles)
+    assert inside == pytest.approx(0.95, abs=1e-5), f"P(|T| < {t}) with {df} degrees of freedom = {inside:.4f}"
+
+
+@law
+@pytest.mark.parametrize("df, t", [(1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (19, 2.093), (20, 2.086),
+                                   (1000, 1.962)])
+def test_students_quantiles_are_those_of_the_tables(df, t):
+    assert stats.student_95(df) == pytest.approx(t, abs=5e-4)
+
+
+@law
+@given(values)
+def test_the_interval_is_students(xs):
+    assume(max(xs) - min(xs) > 1e-3)
+    mean, half, error = stats.estimate(xs)
+    assert math.isclose(mean, statistics.mean(xs), abs_tol=1e-9)
+    assert math.isclose(error, statistics.stdev(xs) / math.sqrt(len(xs)), rel_tol=1e-6)
+    assert half / error == pytest.approx(stats.student_95(len(xs) - 1))
+
+
+@law
+def test_about_95_of_100_intervals_hold_the_truth():
+    rng = random.Random(0)
+    held = 0
+    for _ in range(2000):
+        mean, half, _ = stats.estimate([rng.gauss(1, 2) for _ in range(5)])
+        held += abs(mean - 1) <= half
+    assert 0.93 < held / 2000 < 0.97
+
+
+@law
+@given(values)
+def test_a_verdict_turns_with_the_sign(xs):
+    assume(max(xs) - min(xs) > 1e-3)
+    turned = {"holds": "reversed", "reversed": "holds", "not resolved": "not resolved"}
+    up, down = (stats.claim("", "", sign, "above 0")["verdict"] for sign in (xs, [-x for x in xs]))
+    assert down == turned[up] and stats.claim("", "", xs, "below 0")["verdict"] == down
+    low, high = stats.claim("", "", xs)["interval"]
+    assert up == ("holds" if low > 0 else "reversed" if high < 0 else "not resolved")
+    assert stats.claim("", "", xs, "not above 0")["verdict"] == ("contradicted" if low > 0 else "not contradicted")
+
+
+def lines_of(rng, n=6):
+    return [{"step": 10 * i, "reverse_kl": rng.uniform(0.4, 60), **{
+        f"{name}_{half}": rng.random() for name in ("win_rate", "golden_win_rate") for half in ("picks", "judges")}}
+        for i in range(n)]
+
+
+@law
+@given(seeds)
+def test_the_half_that_picks_does_not_judge(rng):
+    arm = [Run("ipo"), Run("dpo")]
+    found = {job.name: [lines_of(rng) for _ in range(3)] for job in arm}
+    judged_anew = {name: [[{**line, stats.WIN: rng.random()} for line in lines] for lines in by_seed]
+                   for name, by_seed in found.items()}
+    peaks = (Results({"evaluations": each}).peak(arm) for each in (found, judged_anew))
+    for best, other, *by_run in zip(*peaks, *found.values()):
+        assert best["step"] == other["step"] > 0
+        picks = [line["golden_win_rate_picks"] for lines in by_run for line in lines[1:]]
+        assert best["golden_win_rate_picks"] == max(picks)
+        assert best["last"] in [lines[-1] for lines in by_run]
+
+
+@law
+def test_picking_by_the_judges_would_flatter():
+    """On pure noise a peak is worth 1/2; judged by the half that picked it, it would seem far better."""
+    rng = random.Random(0)
+    results = Results({"evaluations": {Run("ipo").name: [lines_of(rng, 20) for _ in range(400)]}})
+    best = results.peak([Run("ipo")])
+    assert abs(statistics.mean(line[stats.WIN] for line in best) - 0.5) < 0.05
+    assert statistics.mean(line["golden_win_rate_picks"] for line in best) > 0.9
+
+
+@law
+@given(seeds)
+def test_the_envelope_has_each_bins_best(rng):
+    lines = lines_of(rng, 30)
+    bins = Results({"evaluations": {Run("ipo").name: [lines]}}).envelope([Run("ipo")])[0]
+    for i, value in bins.items():
+        inside = [line for line in lines[1:] if stats.EDGES[i - 1] <= line["reverse_kl"] < stats.EDGES[i]]
+        assert value == max(inside, key=lambda line: line["golden_win_rate_picks"])[stats.WIN]
+    assert sum(stats.EDGES[0] <= line["reverse_kl"] for line in lines[1:]) >= len(bins) > 0
+
+
+# ---------------------------------------------------------------------------------------------------
+# means of any runs
+
+def measured(rate, kl) -> dict:
+    return {"step": 4, "win_rate": rate, "win_rate_ci": None if rate is None else [rate - 0.1, rate + 0.1],
+            "golden_reward": rate and 4 * rate, "reverse_kl": kl}
+
+
+@law
+def test_the_mean_over_seeds_is_a_mean_with_students_interval():
+    rates, kls = (0.6, 0.7, 0.8), (1.0, 2.0, 6.0)
+    row = stats.mean_over_seeds([{"name": "dpo", **measured(rate, kl)} for rate, kl in zip(rates, kls)])
+    assert row["run"] == "dpo, mean of 3 seeds" and row["step"] == 4
+    assert (row["win_rate"], row["reverse_kl"], row["golden_reward"]) == pytest.approx((0.7, 3.0, 2.8))
+    half = 4.3027 * 0.1 / math.sqrt(3)  # the sample's sd is 0.1
+    assert row["win_rate_ci"] == pytest.approx((0.7 - half, 0.7 + half), abs=1e-5)
+
+
+def test_runs_without_a_judge_have_a_mean_too():
+    row = stats.mean_over_seeds([{"name": "dpo", **measured(None, kl)} for kl in (1.0, 2.0)])
+    assert row["reverse_kl"] == 1.5 and "dpo, mean of 2 seeds  4     -" in table([row])
+
+
+def test_the_command_adds_the_mean_of_runs_that_differ_in_their_seed_alone(tmp_path, capsys):
+    directories = []
+    for seed, rate, lr in ((0, 0.6, 1e-3), (1, 0.8, 1e-3), (2, 0.9, 2e-3)):
+        directory = tmp_path / f"dpo-{seed}"
+        directory.mkdir()
+        (directory / "metrics.jsonl").write_text(json.dumps(measured(rate, 2.8)) + "\n")
+        (directory / "summary.json").write_text(json.dumps({"settings": {"algorithm": "dpo", "seed": seed, "lr": lr}}))
+        directories.append(str(directory))
+    command.main(["mean", *directories])
+    rows = capsys.readouterr().out.splitlines()[1:]
+    assert [row.split("  ")[0] for row in rows] == [*directories, "dpo, mean of 2 seeds"]
+    assert "0.700 [-0.571, 1.971]" in rows[-1], "0.7 +- 12.71 sd / sqrt(2), sd = 0.1 sqrt(2)"
+
+
+# ---------------------------------------------------------------------------------------------------
+# pictures
+
+@law
+@settings(max_examples=10)
+@given(st.lists(st.floats(-100, 100), min_size=1, max_size=7))
+def test_labels_do_not_touch_keep_their_order_and_are_joined_to_their_points(ys):
+    axis = Figure().subplots()
+    for i, y in enumerate(ys):
+        axis.plot([0, 1], [0, y])
+        draw.label_at(axis, 1, y, f"line {i}", "black")
+    axis.figure.draw_without_rendering()
+    draw.write_labels(axis)
+    labels = sorted(axis.texts, key=lambda text: text.get_position()[1])
+    heights = [text.get_position()[1] for text in labels]
+    assert all(b - a > 0.06 for a, b in zip(heights, heights[1:]))
+    assert [text.xy[1] for text in labels] == sorted(ys) and {text.xy[0] for text in labels} == {1}
+    middle = axis.transAxes.inverted().transform(axis.transData.transform([(1, y) for y in ys]))[:, 1].mean()
+    assert abs(statistics.mean(heights) - middle) < 1e-6, "they are pushed apart, not away"
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_picture_has_a_caption_for_each_panel_and_shares_its_scale(name):
+    figure = STUDIES[name].draw(Results(json.loads(REPORTS[name].read_text())))
+    figure.draw_without_rendering()
+    caption = STUDIES[name].caption
+    named = {1: ["row"], 2: ["Left", "ight"], 3: ["Left", "Middle", "Right"], 4: ["panel"]}[len(figure.axes)]
+    assert all(word in caption for word in named)
+    assert ("and" in caption) or ("ot:" in caption)
+    for axis in figure.axes:
+        if "square-root" in axis.get_ylabel():
+            low, high = axis.get_ylim()
+            assert low == 0 and high >= max(max(line.get_ydata()) for line in axis.lines)
+    if name == "extrapolate":
+        assert len({axis.get_ylim() for axis in figure.axes}) == 1
+
+
+# ---------------------------------------------------------------------------------------------------
+# the command, its files, the page of results
+
+@pytest.fixture
+def small_study(monkeypatch):
+    """iterate, with one run, of one seed and two steps."""
+    monkeypatch.setitem(STUDIES, "iterate", studies.Study(
+        "Title", [OFFLINE], lambda results: (
+            [results.row("offline", [OFFLINE])], [stats.claim("P.", "q", [1.0])]),
+        lambda results: Figure(), "A caption."))
+    monkeypatch.setattr(command, "QUICK", dict(
+        seeds=1, steps=2, batch_size=8, lr=5e-4, eval_every=1, eval_samples=8, pairs=32))
+
+
+def test_the_command_writes_its_files_and_does_nothing_twice(small_study, model_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    argv = ["iterate", "--quick", "--model", str(model_dir), "--device", "cpu", "--jobs", "2"]
+    command.main(argv)
+    folder, = (tmp_path / "runs").iterdir()
+    printed = capsys.readouterr().out
+    assert "Title (iterate)" in printed and "3 of 3 runs done" in printed
+    found = json.loads((folder / "results" / "iterate.json").read_text())
+    assert found["command"].startswith("python -m experiments iterate --quick --model")
+    assert found["claims"][0]["interval"] == [None, None], "one seed has no interval"
+    assert found["commit"] and found["settings"]["steps"] == 2 and found["core-minutes"] > 0
+    assert (folder / "results" / "iterate.png").stat().st_size > 1000
+    page = (folder / "results" / "README.md").read_text()
+    assert f"of commit {found['commit']}." in page and "A caption." in page
+    assert not (tmp_path / "results").exists(), "a quick run must not touch the repository's results"
+    made = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    command.main(argv)
+    assert made == {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")} and made
+
+
+def test_a_report_of_more_seeds_stays_as_it_is(small_study, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "run_jobs", lambda options, todo: None)
+    results = tmp_path / "runs" / "study-quick" / "results"
+    results.mkdir(parents=True)
+    report = {**json.loads(REPORTS["iterate"].read_text()), "seeds": [0, 1]}
+    (results / "iterate.json").write_text(json.dumps(report))
+    command.main(["iterate", "--quick"])
+    assert "has 2 seeds, more than these 1: it stays as it is" in capsys.readouterr().out
+    assert json.loads((results / "iterate.json").read_text()) == report
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["nothing"], "invalid choice: 'nothing'"), (["loss", "--seeds", "0"], "must be at least 1"),
+    (["scale", "--model", "gpt2"], "takes no --model"), (["mean"], "needs directories of runs"),
+    (["loss", "runs/dpo"], "nothing else takes them")])
+def test_errors_say_what_to_do(argv, message, capsys):
+    with pytest.raises(SystemExit):
+        command.main(argv)
+    assert message in capsys.readouterr().err
+
+
+def test_pages_without_a_report_says_where_to_go(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="holds no report of a study"):
+        command.main(["pages"])
+
+
+def test_the_page_of_results_says_what_the_json_files_say(tmp_path):
+    for path in REPORTS.values():
+        shutil.copy(path, tmp_path)
+    pages.write_pages(tmp_path, [])
+    page = (ROOT / "results" / "README.md").read_text()
+    assert (tmp_path / "README.md").read_text() == page, "run `python -m experiments pages`"
+    assert "commit 0357e55" in page.splitlines()[2] and "constant" in page[:400]
+    for name in STUDIES:
+        assert f"## {name}\n" in page and f"({name}.png)" in page and (ROOT / "results" / f"{name}.png").exists()
+
+
+@law
+@pytest.mark.parametrize("name", STUDIES)
+def test_tables_and_verdicts_follow_from_the_evaluations(name):
+    found = json.loads(REPORTS[name].read_text())
+    assert len(found["seeds"]) >= 5
+    rows, claims = STUDIES[name].conclude(Results(found))
+    assert [claim["verdict"] for claim in claims] == [claim["verdict"] for claim in found["claims"]]
+    for old, new in zip(found["claims"], claims):
+        assert old["values"] == pytest.approx(new["values"], abs=2e-3) and old["paper"] == new["paper"]
+    assert [list(row) for row in rows] == [list(row) for row in found["table"]]
+    for a, b in zip(numbers_of(found["table"]), numbers_of(rows), strict=True):
+        assert abs(float(a) - float(b)) < 1.01 * 10 ** -len(a.partition(".")[2]), "the evaluations have five digits"
+
+
+def numbers_of(table: list[dict]) -> list[str]:
+    """The numbers in the cells of a table, without the labels of its rows."""
+    return [number for row in table for cell in list(row.values())[1:] for number in re.findall(r"[-+]?\d+\.\d+", cell)]
+
+
+@law
+def test_the_arms_of_a_comparison_have_the_same_sweep_or_the_offline_arm_a_wider_one():
+    def settings_of(arm):
+        return {(job.beta, job.lr, job.steps) for job in arm}
+    assert settings_of(studies.ONLINE_IPO) <= settings_of(studies.OFFLINE_IPO)
+    for arms in [*studies.LOSSES.values(), *studies.SCALE.values()]:
+        assert settings_of(arms["online"]) == settings_of(arms["offline"])
+    assert len({frozenset(settings_of(arm)) for arm in studies.QUALITY.values()}) == 1
+    assert {dataclasses.replace(job, lam=0, algorithm="x", data="golden") for job in studies.PARTIAL.values()} == {
+        Run("x")}
