@@ -4,8 +4,7 @@
 
     (nothing)  the built-in world of world.py; its golden reward labels pairs and measures
     DIR        a directory with prompts, such as runs/reviews (recipes/movie_reviews.py makes it):
-                 task.json               "label", a judge: labels pairs and measures, may be gamed;
-                                         "second", another judge, which only measures
+                 task.json               {"label", "second"}: judges; the second only measures
                  sft.jsonl               {"prompt", "response"}: what a model is first taught
                  prompts.jsonl           {"prompt"}: to train on
                  held_out_prompts.jsonl  {"prompt"}: to evaluate on
@@ -13,8 +12,7 @@
                directory with pairs.jsonl and held_out_pairs.jsonl; --judge measures, if given
 
 In the world and in DIR, pi_ref is the model after supervised fine-tuning on the task's texts, and a
-pair is two samples of pi_ref to one prompt. A fine-tuned model and its pairs are kept in .cache/ under
-a name made of all that decides them, so every algorithm starts from the same ones.
+pair is two samples of it to one prompt. .cache/ keeps both: every algorithm starts from the same.
 """
 
 import contextlib
@@ -23,7 +21,6 @@ import json
 import math
 import os
 import random
-import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -35,13 +32,13 @@ import lm
 import world
 from judges import load_judge
 from lm import LM, Encoded
-from run import REVIEWS, UserError, read_rows, write_rows
-from world import Judge
+from run import UserError, read_rows, write_rows
 
 # The built-in model: large enough for the world's sentences, small enough for a laptop.
 TINY = dict(layers=2, width=64, heads=4, positions=64, seed=0)
 TINY_SFT: dict = dict(steps=400, batch_size=128, lr=4e-3, seed=0)
 SFT: dict = dict(batch_size=16, lr=5e-5, seed=0)  # of pretrained models
+FIELDS = ("prompt", "chosen", "rejected")  # of a preference pair in a file
 
 
 class Pair(NamedTuple):
@@ -60,9 +57,9 @@ class Start(NamedTuple):
     prompts: list[str]  # to train on
     held_out: list[Encoded]
     held_out_prompts: list[str]
-    label: Judge | None  # labels what the policy writes while it trains (--judge)
-    outcome: Judge | None  # measures, in every evaluation
-    second: Judge | None  # measures, too, and labels nothing
+    label: world.Judge | None  # labels what the policy writes while it trains (--judge)
+    outcome: world.Judge | None  # measures, in every evaluation
+    second: world.Judge | None  # measures, too, and labels nothing
     more: Callable | None = None  # (policy, rows of responses.jsonl) -> further metrics
 
 
@@ -72,8 +69,7 @@ def start(args) -> Start:
     tiny = args.model == "tiny"
     policy = load_policy(args, str(tiny_directory(args.device)) if tiny else reference(args))
     ref = policy.frozen_copy()
-    pairs, prompts, held_out, held_out_prompts = preferences(args, ref, outcome)
-    return Start(policy, ref, pairs, prompts, held_out, held_out_prompts, label, outcome, second)
+    return Start(policy, ref, *preferences(args, ref, outcome), label, outcome, second)
 
 
 @contextlib.contextmanager
@@ -87,35 +83,28 @@ def to_user(flag: str):
 
 # ---- judges and pi_ref
 
-def judges_of(args) -> tuple[Judge | None, Judge | None, Judge | None]:
+def judges_of(args) -> tuple[world.Judge | None, world.Judge | None, world.Judge | None]:
     """(label, outcome, second), see Start. --judge reward is not there yet: rlhf.py trains it."""
     label = world.golden_judge if args.judge == "golden" else None
     if args.judge not in ("golden", "task", "reward"):
         label = judge_named(args.judge, args.device)
-    if not has_prompts(args.data):
+    if args.data is None or not (Path(args.data) / "task.json").exists():
         return label, world.golden_judge if args.data is None else label, None
     outcome, second = (judge_named(name, args.device) for name in read_task(args.data))
     return outcome if args.judge == "task" else label, outcome, second
 
 
-def judge_named(name: str, device: str) -> Judge | None:
+def judge_named(name: str, device: str) -> world.Judge | None:
     """What --judge names."""
     with to_user(f"--judge {name}"):
         return load_judge(name, device)
 
 
-def has_prompts(source) -> bool:
-    """Whether --data names a directory of prompts, whose pairs are yet to be made."""
-    return source is not None and (Path(source) / "task.json").exists()
-
-
 def load_policy(args, path: str) -> LM:
     """The model in `path`, ready to be trained as the flags of the machine say."""
     kind = LM if args.plain else fast.FastLM  # the one place that chooses
-    try:
+    with to_user(f"--model {args.model}"):
         policy = kind.load(path, args.device, args.micro_batch)
-    except lm.Refused as error:
-        raise UserError(f"--model {args.model}: {error}") from error
     as_is = not args.train_layers and not args.gradient_checkpointing
     return policy if as_is else fit_in_memory(policy, args)
 
@@ -132,9 +121,8 @@ def fit_in_memory(network, args):
 
 def reference(args) -> str:
     """Where pi_ref of a pretrained model is: --model, after fine-tuning on the task's texts."""
-    if args.data is None and not has_prompts(REVIEWS):
-        print(f"--model {args.model} learns in the built-in world, for there is no task in "
-              f"{REVIEWS}/; for film reviews, see recipes/README.md")
+    if args.data is None:
+        print(f"{args.model} learns in the built-in world; for film reviews, see recipes/README.md")
     if not args.sft_steps:
         return args.model
     texts = (read_strings(Path(args.data) / "sft.jsonl", "prompt", "response") if args.data
@@ -145,8 +133,7 @@ def reference(args) -> str:
         policy = load_policy(args, args.model)
         lm.sft(policy, texts, args.sft_steps, **SFT)
         policy.save(directory)
-        print(f"pi_ref: {args.model} after {args.sft_steps} steps of supervised fine-tuning, kept "
-              f"in {directory}")
+        print(f"pi_ref: {args.model} after {args.sft_steps} steps of SFT, kept in {directory}")
     return str(directory)
 
 
@@ -168,7 +155,6 @@ def cached(kind: str, settings) -> Path:
     """Where something that these settings (JSON values) decide is kept; it may not be there yet."""
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     cache = Path(os.environ.get("HYPO_CACHE", Path(__file__).parent / ".cache"))
-    cache.mkdir(parents=True, exist_ok=True)
     return cache / f"{kind}-{key}"
 
 
@@ -184,16 +170,14 @@ def fingerprint(name: str | None):
 
 def preferences(args, ref: LM, judge) -> tuple[list[Encoded], list[str], list[Encoded], list[str]]:
     """(pairs, prompts) to train on and (pairs, prompts) held out: sampled, or from a file."""
-    if args.data is not None and not has_prompts(args.data):
+    if args.data is not None and not (Path(args.data) / "task.json").exists():  # it holds pairs
         train, held_out = split_file(args, ref)
         encoded = [add_ref_logps(ref, encode(ref, pairs, args.max_new_tokens))
                    for pairs in (train, held_out)]
         return encoded[0], prompts_of(train), encoded[1], prompts_of(held_out)
-    file = None
-    if args.model != "tiny":  # whose pairs take a second
-        file = cached("pairs", [
-            fingerprint(ref.source), fingerprint(args.data), args.pairs, args.seed, args.dtype,
-            args.device, args.max_new_tokens, args.eval_samples, args.plain, args.micro_batch])
+    file = None if args.model == "tiny" else cached("pairs", [  # the tiny model's take a second
+        fingerprint(ref.source), fingerprint(args.data), args.pairs, args.seed, args.dtype,
+        args.device, args.max_new_tokens, args.eval_samples, args.plain, args.micro_batch])
     prompts, held_out_prompts = read_prompts(args.data) if args.data else world.world_prompts()
     if file and file.exists():
         pairs = read_pairs(file)
@@ -213,7 +197,7 @@ def preferences(args, ref: LM, judge) -> tuple[list[Encoded], list[str], list[En
     return pairs[:args.pairs], prompts, pairs[args.pairs:], held_out_prompts
 
 
-def collect(respond: Callable, prompts: Sequence[str], n: int, seed: int, judge: Judge,
+def collect(respond: Callable, prompts: Sequence[str], n: int, seed: int, judge: world.Judge,
             sure: bool = False) -> list[Encoded]:
     """n labelled pairs: two responses to each prompt, the winner drawn from Bradley-Terry.
 
@@ -238,20 +222,17 @@ def collect(respond: Callable, prompts: Sequence[str], n: int, seed: int, judge:
                 pairs.append(Encoded(prompt_ids[i], ids[chosen], ids[rejected]))
         if len(pairs) == n:
             return pairs
-    raise UserError(f"only {len(pairs)} of {n} pairs in 100 draws: the policy gives nearly always "
-                    "the same response, so there is nothing to compare")
+    raise UserError(f"only {len(pairs)} of {n} pairs in 100 draws: nearly all responses are equal")
 
 
 @torch.no_grad()
 def add_ref_logps(ref: LM, pairs: Sequence[Encoded], batch_size: int = 64) -> list[Encoded]:
     """The pairs with log pi_ref of both responses, nats."""
-    done: list[Encoded] = []
+    logps: list[tuple[float, float]] = []
     for i in range(0, len(pairs), batch_size):
-        batch = pairs[i:i + batch_size]
-        chosen, rejected = (side.tolist() for side in ref.pair_logps(batch))
-        done += [pair._replace(ref_chosen=c, ref_rejected=r)
-                 for pair, c, r in zip(batch, chosen, rejected)]
-    return done
+        chosen, rejected = ref.pair_logps(pairs[i:i + batch_size])
+        logps += zip(chosen.tolist(), rejected.tolist())
+    return [pair._replace(ref_chosen=c, ref_rejected=r) for pair, (c, r) in zip(pairs, logps)]
 
 
 def write_pairs(path, pairs: Iterable[Encoded]) -> None:
@@ -268,27 +249,21 @@ def encode(policy: LM, pairs: Sequence[Pair], max_new_tokens: int) -> list[Encod
     """Pairs of texts as token ids. UserError: file, line and field of what cannot be trained on."""
     rows, room, tokenizer = [], policy.context_length - max_new_tokens, policy.tokenizer
     for pair in pairs:
-        for field, text in zip(("prompt", "chosen", "rejected"), pair):
+        for field, text in zip(FIELDS, pair):
             ids = tokenizer.encode(text, add_special_tokens=False)
             # GPT-2's unknown word is its EOS, which may be written out in a text
             if tokenizer.unk_token_id in ids and tokenizer.unk_token not in text:
-                raise UserError(
-                    f"{pair.where}: field '{field}': the model's tokenizer does not know every word; "
-                    f"it reads {tokenizer.decode(ids)!r:.90}. The tiny model knows only the built-in "
-                    "world: for other text give --model a pretrained one")
-        row = Encoded(policy.encode_prompt(pair.prompt),
-                      policy.encode_response(pair.chosen, max_new_tokens),
-                      policy.encode_response(pair.rejected, max_new_tokens))
-        if len(row.prompt) > room:
-            raise UserError(
-                f"{pair.where}: field 'prompt' has {len(row.prompt)} tokens, but the model's "
-                f"context of {policy.context_length} less --max-new-tokens {max_new_tokens} leaves "
-                f"room for {room}; shorten the prompt or lower --max-new-tokens")
-        if row.chosen == row.rejected:
-            raise UserError(
-                f"{pair.where}: fields 'chosen' and 'rejected' are the same in their first "
-                f"{max_new_tokens} tokens; raise --max-new-tokens or drop the row")
-        rows.append(row)
+                raise UserError(f"{pair.where}: field '{field}': --model does not know every word; "
+                                f"it reads {tokenizer.decode(ids)!r:.60}; use a pretrained one")
+        prompt = policy.encode_prompt(pair.prompt)
+        chosen, rejected = (policy.encode_response(y, max_new_tokens) for y in pair[1:3])
+        if len(prompt) > room:
+            raise UserError(f"{pair.where}: field 'prompt' has {len(prompt)} tokens; the context "
+                            f"less --max-new-tokens {max_new_tokens} leaves room for {room}")
+        if chosen == rejected:
+            raise UserError(f"{pair.where}: fields 'chosen' and 'rejected' are the same in their "
+                            f"first {max_new_tokens} tokens; raise --max-new-tokens")
+        rows.append(Encoded(prompt, chosen, rejected))
     return rows
 
 
@@ -298,17 +273,12 @@ def split_file(args, policy: LM) -> tuple[list[Pair], list[Pair]]:
     """(pairs to train on, held-out pairs) of a file, a hub data set, or a directory with both."""
     source = Path(args.data)
     if source.is_dir():
-        if not (source / "pairs.jsonl").exists():
-            raise UserError(f"--data {source}: the directory has neither prompts.jsonl nor "
-                            "pairs.jsonl; the commands in recipes/ make such directories")
         return (read_jsonl(source / "pairs.jsonl", policy),
                 read_jsonl(source / "held_out_pairs.jsonl", policy))
     pairs = read_jsonl(source, policy) if source.exists() else read_hub(args.data, policy)
     prompts = prompts_of(pairs)
     if len(prompts) < 2:
-        raise UserError(f"{source}: all rows have the same prompt, but one must be held out; give "
-                        "rows with at least two different prompts, or a directory with pairs.jsonl "
-                        "and held_out_pairs.jsonl")
+        raise UserError(f"{source}: {len(prompts)} prompts; at least 2 are needed, one to hold out")
     random.Random(args.seed).shuffle(prompts)
     held_out = set(prompts[:max(1, len(prompts) // 10)])  # a tenth, with all their rows
     return ([pair for pair in pairs if pair.prompt not in held_out],
@@ -322,39 +292,48 @@ def prompts_of(pairs: Iterable[Pair]) -> list[str]:
 
 def read_objects(path) -> list[tuple[str, dict]]:
     """("file:line", object) of every line of a JSONL file."""
-    path, rows = Path(path), []
-    if not path.exists():
-        raise UserError(f"{path} is missing; the command in recipes/ that made {path.parent} also "
-                        "makes it, or write it, one JSON object a line")
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line.decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start}); save "
-                            "the file as UTF-8") from None
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno}); each "
-                            "line must be one JSON object") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: expected a JSON object, got {row!r:.60}")
-        rows.append((where, row))
+    if not Path(path).exists():
+        raise UserError(f"{path} is missing; the head of data.py says what a directory holds")
+    lines = enumerate(Path(path).read_bytes().split(b"\n"), 1)
+    rows = [(f"{path}:{number}", line) for number, line in lines if line.strip()]
     if not rows:
         raise UserError(f"{path}: no rows; each line must be one JSON object")
-    return rows
+    return [(where, json_object(line, where)) for where, line in rows]
+
+
+def json_object(text: bytes, where: str) -> dict:
+    """The JSON object that the bytes are."""
+    try:
+        row = json.loads(text.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON ({error.msg} at character {error.pos})") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected a JSON object, got {row!r:.60}")
+    return row
+
+
+def string(row: dict, field: str, where: str, may_be_empty: bool = False) -> str:
+    """The text in a field of a row."""
+    text = row.get(field)
+    if field not in row:
+        why = f"is missing; found {sorted(row)}"
+    elif not isinstance(text, str):
+        why = f"must be a string, or all three of a pair lists of messages; got {text!r:.60}"
+    elif text != text.encode(errors="ignore").decode():
+        why = "has half a character (a lone surrogate), which cannot be tokenised"
+    elif not text.strip() and not may_be_empty:
+        why = "is empty; it needs a word"
+    else:
+        return text
+    raise UserError(f"{where}: field '{field}' {why}")
 
 
 def read_strings(path, *fields: str) -> list[tuple]:
     """Rows of strings, for example (prompt, response) of sft.jsonl."""
-    rows = read_objects(path)
-    for where, row in rows:
-        for field in fields:
-            if not isinstance(row.get(field), str) or not row[field].strip():
-                raise UserError(f"{where}: expected an object with the strings "
-                                f"{', '.join(fields)}, none empty; got {row!r:.60}")
-    return [tuple(row[field] for field in fields) for _, row in rows]
+    return [tuple(string(row, field, where) for field in fields)
+            for where, row in read_objects(path)]
 
 
 def read_prompts(directory) -> tuple[list[str], list[str]]:
@@ -364,107 +343,66 @@ def read_prompts(directory) -> tuple[list[str], list[str]]:
     shared = set(train) & set(held_out)
     if shared:
         raise UserError(f"{directory}: {len(shared)} prompts are in prompts.jsonl and in "
-                        f"held_out_prompts.jsonl, for example {min(shared)!r:.60}; what is trained "
-                        "on cannot be held out")
+                        f"held_out_prompts.jsonl, for example {min(shared)!r:.60}")
     return train, held_out
 
 
 def read_task(directory) -> tuple[str, str]:
     """task.json: the judge that labels and measures ("label"), and the one that only measures."""
-    path = Path(directory) / "task.json"
-    try:
-        task = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
-    roles = ("label", "second")
-    if not isinstance(task, dict) or not all(isinstance(task.get(role), str) for role in roles):
-        raise UserError(f"{path}: needs the strings label and second, names of judges; got "
-                        f"{task!r:.80}")
+    folder, where = Path(directory), f"{directory}/task.json:1"
+    task = json_object((folder / "task.json").read_bytes(), where)
+    names = [string(task, role, where) for role in ("label", "second")]
     # a judge's directory may lie in the task's
-    label, second = (str(path.parent / task[role]) if (path.parent / task[role]).is_dir()
-                     else task[role] for role in roles)
+    label, second = (str(folder / name) if (folder / name).is_dir() else name for name in names)
     return label, second
 
 
 def read_jsonl(path, policy: LM | None = None) -> list[Pair]:
-    """Preference pairs from a JSONL file with the fields prompt, chosen, rejected.
-
-    Either all three are strings (a response keeps the space that separates it from its prompt), or
-    all three are lists of messages {"role", "content"}, which the policy's chat template renders.
-    """
+    """Preference pairs of a JSONL file, see check_pair."""
     return [check_pair(row, where, policy) for where, row in read_objects(path)]
 
 
 def read_hub(name: str, policy: LM | None = None) -> list[Pair]:
-    """The split "train" of a hub data set with the same three fields."""
+    """Preference pairs of the split "train" of a hub data set, see check_pair."""
     try:
         import datasets
-    except ImportError:
-        raise UserError(f"--data {name}: there is no such file. If it names a data set of the "
-                        "Hugging Face hub, install the reader first: pip install datasets"
-                        ) from None
-    try:
         rows = datasets.load_dataset(name, split="train")
     except Exception as error:  # the library raises many kinds; all mean that there are no rows
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        raise UserError(f"--data {name}: there is no such file, and the hub did not give such a "
-                        f"data set ({reason})") from None
-    if not len(rows):
-        raise UserError(f"--data {name}: the split 'train' of this data set has no rows")
+        raise UserError(f"--data {name}: there is no such file, and the reader of the hub (pip "
+                        f"install datasets) says {error!r:.200}") from None
     return [check_pair(row, f"{name}: row {i}", policy) for i, row in enumerate(rows)]
 
 
 def check_pair(row: dict, where: str, policy: LM | None = None) -> Pair:
-    """A row as a pair of plain texts."""
-    for field in ("prompt", "chosen", "rejected"):
-        if field not in row:
-            raise UserError(f"{where}: field '{field}' is missing; found {sorted(row)}")
-    fields = {field: row[field] for field in ("prompt", "chosen", "rejected")}
-    if all(isinstance(value, list) for value in fields.values()):
-        fields = render_chat(fields, where, policy)
-    for field, text in fields.items():
-        if not isinstance(text, str):
-            raise UserError(f"{where}: field '{field}' must be a string, or all three fields lists "
-                            f"of messages; got {type(text).__name__}")
-        half = re.search("[\ud800-\udfff]", text)
-        if half:
-            raise UserError(f"{where}: field '{field}' has half a character at position "
-                            f"{half.start()} (a lone surrogate): such text cannot be tokenised")
-        if field != "prompt" and not text.strip():
-            raise UserError(f"{where}: field '{field}' is empty; a response needs a word")
-    if fields["chosen"] == fields["rejected"]:
-        raise UserError(f"{where}: fields 'chosen' and 'rejected' are the same text; such a pair "
-                        "says nothing")
-    return Pair(**fields, where=where)
+    """A row as a pair of texts: its strings as they are, or its lists of messages rendered."""
+    if all(isinstance(row.get(field), list) for field in FIELDS):
+        row = render_chat({field: row[field] for field in FIELDS}, where, policy)
+    prompt, chosen, rejected = (string(row, field, where, field == "prompt") for field in FIELDS)
+    if chosen == rejected:
+        raise UserError(f"{where}: fields 'chosen' and 'rejected' are the same text")
+    return Pair(prompt, chosen, rejected, where)
 
 
 def render_chat(fields: dict, where: str, policy: LM | None) -> dict[str, str]:
     """Lists of messages -> strings: a response is what the template adds to the rendered prompt."""
     for field, messages in fields.items():
+        if not messages or not all(isinstance(message, dict) for message in messages):
+            raise UserError(f"{where}: field '{field}': expected messages, got {messages!r:.60}")
         for message in messages:
-            known = isinstance(message, dict) and [message.get(key) for key in ("role", "content")]
-            if not known or not all(isinstance(value, str) for value in known):
-                raise UserError(f"{where}: field '{field}': a message must be an object with the "
-                                f"strings 'role' and 'content'; got {message!r:.60}")
-        if not messages:
-            raise UserError(f"{where}: field '{field}' is an empty list of messages")
+            for key in ("role", "content"):
+                string(message, key, f"{where}: field '{field}'", may_be_empty=True)
     if policy is None or not policy.tokenizer.chat_template:
-        raise UserError(f"{where}: messages need a chat template, and this model's tokenizer has "
-                        "none; use a chat model, or give the three fields as strings")
+        raise UserError(f"{where}: messages need a chat template, but this tokenizer has none")
     render = policy.tokenizer.apply_chat_template
     try:
         prompt = render(fields["prompt"], tokenize=False, add_generation_prompt=True)
-        whole = {field: render(fields["prompt"] + fields[field], tokenize=False)
-                 for field in ("chosen", "rejected")}
+        whole = [render(fields["prompt"] + fields[field], tokenize=False) for field in FIELDS[1:]]
     except Exception as error:  # templates refuse what they do not like, in ways of their own
-        raise UserError(f"{where}: the model's chat template refuses these messages ({error})"
-                        ) from None
+        raise UserError(f"{where}: the chat template refuses these messages: {error}") from None
     texts = {"prompt": prompt}
-    for field, text in whole.items():
-        if not text.startswith(prompt):
-            raise UserError(f"{where}: field '{field}': the chat template renders the prompt "
-                            "differently once a response follows, so where the response begins is "
-                            "not defined")
+    for field, text in zip(FIELDS[1:], whole):
+        if not text.startswith(prompt):  # so where the response begins is not defined
+            raise UserError(f"{where}: field '{field}' makes the chat template alter the prompt")
         # encode_response adds the EOS itself; what a template writes after it is not the response
         texts[field] = text[len(prompt):].split(policy.tokenizer.eos_token)[0]
     return texts

@@ -96,7 +96,7 @@ def online_pairs(start, prompts, generator, args):
     """Two samples of the policy for each prompt, the better one chosen; the judge's ties are left out."""
     n = len(prompts)
     prompt_ids, ids, texts = start.policy.respond(prompts * 2, args.max_new_tokens, generator)
-    rewards = start.label(prompts * 2, texts)
+    rewards = start.label(prompts * 2, texts)  # 2 n, the first responses' first
     pairs = []
     for i, j in zip(range(n), range(n, 2 * n)):  # the two responses to one prompt
         if rewards[i] != rewards[j]:

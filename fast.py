@@ -40,7 +40,7 @@ class Tree(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """Trees in R rows of W tokens. where: for each response token, which of the R * W predicts it."""
+    """Trees in R rows of W tokens. where: of each response token, which of the R * W predicts it."""
     ids: torch.Tensor  # (R, W)
     positions: torch.Tensor  # (R, W)
     mask: torch.Tensor  # (R, 1, W, W), True where the token of the third index sees the fourth's
@@ -128,7 +128,8 @@ class FastLM(lm.LM):
         ids, mask = lm.pad(list(map(list, distinct)), "left", self.device)  # (distinct, P)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         cache = DynamicCache(config=self.model.config)
-        rows = torch.arange(len(prompts), device=self.device)  # the n responses still being written
+        rows = torch.arange(len(prompts), device=self.device)  # the n responses in the batch
+        alive = torch.ones_like(rows, dtype=torch.bool)  # and which of them have not ended
         tokens = rows.new_full((len(prompts), max_new_tokens), self.eos_id)
         keep = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=self.device)
         # under autocast, cast a weight once and not in every product: here weights do not move
@@ -144,7 +145,7 @@ class FastLM(lm.LM):
                 uniform = torch.rand(len(prompts), generator=generator, device=self.device)[rows]
                 ids = lm.draw(logits, uniform, temperature)[:, None]  # (n, 1)
                 tokens[rows, t] = ids.squeeze(1)
-                alive = ids.squeeze(1) != self.eos_id
+                alive &= ids.squeeze(1) != self.eos_id
                 if not alive.any():
                     break
                 mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
@@ -152,6 +153,7 @@ class FastLM(lm.LM):
                 if alive.float().mean() < 0.8:  # else moving the others' keys and values costs more
                     keep = alive.nonzero().squeeze(1)
                     cache.batch_select_indices(keep)
-                    rows, ids, mask, positions = (x[keep] for x in (rows, ids, mask, positions))
+                    rows, alive, ids, mask, positions = (
+                        x[keep] for x in (rows, alive, ids, mask, positions))
         torch.clear_autocast_cache()  # casts made without a gradient must not reach a training step
         return tokens.tolist()

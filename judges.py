@@ -2,13 +2,11 @@
 
     golden    the true reward of the built-in world (world.py)
     vader     the text's sentiment by VADER's rated words, log-odds (pip install vaderSentiment)
-    DIR       what the directory holds: judge.json, a bag of words (recipes/sentiment_judge.py makes
-              one), or a sequence-classification model: a reward model of rlhf.py, or any with one
-              label or two
+    DIR       with judge.json, a bag of words (recipes/sentiment_judge.py makes one), or with a
+              sequence classifier of one label or two, such as a reward model of rlhf.py
     none      nobody
 
-Any of them can label pairs or measure an outcome. A reward is a real number; where pairs are labelled
-at random, P(a beats b) = sigmoid(reward(a) - reward(b)). Each can be gamed: report a second one.
+Labels: P(a beats b) = sigmoid(reward(a) - reward(b)). Any can be gamed: report a second one.
 """
 
 import copy
@@ -17,7 +15,6 @@ import math
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -35,22 +32,21 @@ def load_judge(name: str, device: str = "cpu") -> Judge | None:
     if (Path(name) / "judge.json").exists():
         return Judge(name, bag_of_words_rewards(Path(name) / "judge.json"))
     if not Path(name).is_dir():
-        raise Refused(f"{name} is neither golden, vader or none, nor a directory with a judge.json or "
-                      "a sequence-classification model")
+        raise Refused(f"{name} is neither golden, vader or none, nor a directory with a judge.json "
+                      "or a sequence-classification model")
     if (Path(name) / "model" / "config.json").exists():  # runs/ppo/reward: its model is inside
         raise Refused(f"{name} holds a run, not a model; did you mean {Path(name) / 'model'}?")
-    safe: Any = dict(trust_remote_code=False)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **safe)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model = AutoModelForSequenceClassification.from_pretrained(
-            name, dtype=torch.float32, use_safetensors=True, **safe)
+            name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise Refused(f"{name} holds neither a judge.json nor a sequence-classification model that "
                       f"transformers can load ({str(error).partition(chr(10))[0]})") from None
     labels = model.config.num_labels
     if labels > 2:
-        raise Refused(f"{name}: a reward is one number, but this {type(model).__name__} has {labels} "
-                      "labels; it needs one, or two of which the second is the good one")
+        raise Refused(f"{name}: a reward is one number, but this {type(model).__name__} has "
+                      f"{labels} labels; it needs one, or two of which the second is the good one")
     model = copy.deepcopy(model.eval()).to(device)  # out of the mapped file, as LM.load does it
     if labels == 1 and hasattr(model, "score"):
         return Judge(name, reward_model_rewards(Scorer(model, tokenizer)))
@@ -101,8 +97,7 @@ def vader_rewards():
     try:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     except ImportError:
-        raise Refused("the judge vader is not installed; run: pip install vaderSentiment==3.3.2"
-                      ) from None
+        raise Refused("vader is not installed; run: pip install vaderSentiment==3.3.2") from None
     score = SentimentIntensityAnalyzer().polarity_scores
 
     def rewards_of(prompts: list[str], responses: list[str]) -> list[float]:

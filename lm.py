@@ -106,7 +106,7 @@ def in_parts(method: Callable) -> Callable:
     @functools.wraps(method)
     def parted(self, prompts: Sequence[Ids], responses: Sequence[Ids]):
         n = self.micro_batch or len(prompts)
-        if len(prompts) <= n:
+        if len(prompts) <= n:  # one part: nothing to save
             return method(self, prompts, responses)
         # rows of like length share a part, so that little of it is padding
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
@@ -155,7 +155,7 @@ class Network(torch.nn.Module):
 
     def encode_prompt(self, text: str) -> Ids:
         """Token ids, with one BOS in front if the tokenizer uses one. Never empty."""
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        ids = self.tokenizer.encode(text, add_special_tokens=False)  # no template, no EOS
         bos = self.tokenizer.bos_token_id
         if bos is not None and ids[:1] != [bos] and self.tokenizer("a").input_ids[:1] == [bos]:
             ids = [bos, *ids]
@@ -165,7 +165,7 @@ class Network(torch.nn.Module):
         """Token ids with exactly one EOS at the end; or, if too long, cut and then without EOS."""
         text = "\n" + text if self.lead else text
         ids = self.tokenizer.encode(text, add_special_tokens=False)[len(self.lead):]
-        if ids[-1:] != [self.eos_id]:
+        if ids[-1:] != [self.eos_id]:  # the text may have written it out
             ids.append(self.eos_id)
         return ids[:max_new_tokens]
 
@@ -234,7 +234,7 @@ class LM(Network):
 
     def logps(self, prompts: Sequence[Ids], responses: Sequence[Ids]) -> torch.Tensor:
         """(B,) log pi(y|x) in nats: the sum over the response's tokens, its EOS included."""
-        return self.token_logps(prompts, responses)[0].sum(1)
+        return self.token_logps(prompts, responses)[0].sum(1)  # padding is 0
 
     def pair_logps(self, pairs: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
         """((B,), (B,)) log pi(chosen|prompt) and log pi(rejected|prompt), in one forward pass."""
@@ -256,7 +256,7 @@ class LM(Network):
         Not `generate`: that obeys the model's generation_config (top-k, penalties), and then the
         samples are not samples of the policy whose log-probs we take.
         """
-        rows = []
+        rows: list[Ids] = []  # of equal length in a batch
         batches = range(0, len(prompts), batch_size)
         for i in tqdm(batches, desc="sampling", unit="batch", leave=False, delay=3, disable=None):
             batch = prompts[i:i + batch_size]
@@ -275,14 +275,14 @@ class LM(Network):
                                 logits_to_keep=1, **{self.cache_name: cache}).logits[:, -1]  # (B, V)
             uniform = torch.rand(len(prompts), generator=generator, device=self.device)
             ids = draw(logits, uniform, temperature)[:, None]  # (B, 1)
-            tokens.append(ids)
+            tokens.append(ids)  # also of rows that have ended: see sample
             alive &= ids.squeeze(1) != self.eos_id
             mask, positions = torch.cat([mask, torch.ones_like(ids)], dim=1), positions[:, -1:] + 1
         return torch.cat(tokens, dim=1).tolist()
 
     def respond(self, prompts: Sequence[str], max_new_tokens: int, generator: torch.Generator):
         """`sample` for texts: (ids of the prompts, ids of the responses, texts of the responses)."""
-        prompt_ids = [self.encode_prompt(prompt) for prompt in prompts]
+        prompt_ids = [self.encode_prompt(prompt) for prompt in prompts]  # apart from responses
         responses = self.sample(prompt_ids, max_new_tokens, generator)
         return prompt_ids, responses, [self.decode(response) for response in responses]
 
@@ -375,7 +375,7 @@ def sft(policy: LM, corpus: Sequence[tuple[str, str]], steps: int, batch_size: i
     rows = [(policy.encode_prompt(prompt), policy.encode_response(response, policy.context_length))
             for prompt, response in corpus]
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, fused=True)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, fused=True)  # fused: one kernel
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in (bar := tqdm(range(steps), desc="SFT, once", unit="step", disable=None)):
         picks = torch.randint(len(rows), (batch_size,), generator=generator).tolist()
@@ -409,8 +409,9 @@ class Scorer(Network):
                           f"{config.model_type}, so no reward model and no value function can be "
                           "made; dpo.py and hypo.py need neither") from None
         model = model.to(policy.device, policy.model.dtype)
+        # the network is the policy's, the head is new
         model.base_model.load_state_dict(policy.model.base_model.state_dict())
-        torch.nn.init.zeros_(model.score.weight)
+        torch.nn.init.zeros_(model.score.weight)  # so all scores are 0 at first
         return cls(model, policy.tokenizer, policy.micro_batch)
 
     @in_parts

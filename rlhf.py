@@ -14,8 +14,7 @@ Stage 2, a policy that maximises the learned reward without leaving pi_ref (Ouya
 
     pi_rlhf in argmax_pi  E_x[ E_{y ~ pi}[ r_hat(x, y) ] - beta KL(pi(.|x) || pi_ref(.|x)) ]
 
-by PPO (Schulman et al. 2017): every token is an action, the state is the text so far, the KL is
-charged token by token, and r_hat is paid at the last token. In each step
+by PPO (Schulman et al. 2017): a token is an action, the text so far the state. In each step
 
     1: sample responses y ~ pi_old to a minibatch of prompts
     2: reward them: r_t = -beta log pi_old(y_t|.)/pi_ref(y_t|.), and r_hat(x, y) at the last token
@@ -23,10 +22,10 @@ charged token by token, and r_hat is paid at the last token. In each step
     4: for some epochs: maximise  min(ratio_t A_t, clip(ratio_t, 1 - c, 1 + c) A_t)  with
        ratio_t = pi/pi_old, and fit V to the returns
 
-Left out or different: a response without EOS loses --eos-penalty of its reward; the value function is
-a network of its own, started from pi_ref; r_hat is clipped to +-R' on request (--reward-clip), which
-bounds the optimum's KL by 2R'/beta (Lemma 4.1 of arXiv 2406.01462); no discounting (gamma = 1), no
-entropy bonus, no learning-rate schedule.
+Left out or different: a response without EOS loses --eos-penalty of its reward; the value function
+is a network of its own, started from pi_ref; r_hat is clipped to +-R' on request (--reward-clip),
+which bounds the optimum's KL by 2R'/beta (Lemma 4.1 of arXiv 2406.01462); no discounting
+(gamma = 1), no entropy bonus, no learning-rate schedule.
 """
 
 import argparse
@@ -59,7 +58,7 @@ def reward_loss(chosen_scores, rejected_scores):
 
 
 def token_rewards(final_rewards, logratios, mask, beta):
-    """(B, T): -beta log pi/pi_ref at every token, and the final reward (B,) at the last one, too."""
+    """(B, T): -beta log pi/pi_ref at every token; the last also gets the final reward, (B,)."""
     rewards = -beta * logratios * mask
     rewards[torch.arange(len(rewards)), mask.sum(1) - 1] += final_rewards
     return rewards
@@ -134,9 +133,9 @@ def train_reward(scorer, pairs, evaluate, args) -> None:
 
 def reward_evaluator(start, args):
     """The function evaluate(scorer) -> metrics of a reward model on held-out pairs."""
-    prompts = [pair.prompt for pair in start.held_out] * 2
-    responses = [pair.chosen for pair in start.held_out] + [pair.rejected for pair in start.held_out]
-    truth = None
+    pairs, truth = start.held_out, None
+    prompts = [pair.prompt for pair in pairs] * 2
+    responses = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]  # 2 N
     if args.data is None:  # the golden reward of both sides is known
         texts = [[start.ref.decode(ids) for ids in side] for side in (prompts, responses)]
         truth = torch.tensor(start.outcome(*texts))  # (2 N,)
@@ -162,10 +161,7 @@ def reward_evaluator(start, args):
 
 
 def calibration_error(gap: torch.Tensor, bins: int = 5) -> float:
-    """Mean |predicted - observed| win frequency over equally filled bins of pairs.
-
-    gap: (N,) predicted reward of the chosen response minus the rejected.
-    """
+    """Mean |predicted - observed| win frequency, equally filled bins; gap (N,), see evaluate."""
     turned = torch.arange(len(gap)) % 2 == 0  # half of the pairs, or the first would always win
     predicted, observed = torch.where(turned, -gap, gap).sigmoid(), (~turned).float()
     errors = [len(rows) * (predicted[rows].mean() - observed[rows].mean()).abs().item()
@@ -174,17 +170,14 @@ def calibration_error(gap: torch.Tensor, bins: int = 5) -> float:
 
 
 def reward_model(start, args, earlier):
-    """Stage 1: the judge in args.out/reward/model, trained now.
-
-    --stage ppo: the one that is there. earlier: where run.prepare has moved a run that was in --out.
-    """
+    """Stage 1: the judge in args.out/reward/model, trained now; with --stage ppo, the one there."""
     directory = args.out / "reward" / "model"
     if args.stage == "ppo":
-        if earlier and (earlier / "reward").is_dir():
+        if earlier and (earlier / "reward").is_dir():  # run.prepare has moved it there
             shutil.copytree(earlier / "reward", args.out / "reward")
         if not directory.is_dir():
-            raise run.UserError(f"--stage ppo: there is no reward model in {directory}; run --stage "
-                                "reward with this --out first, or name another judge")
+            raise run.UserError(f"--stage ppo: there is no reward model in {directory}; run "
+                                "--stage reward with this --out first, or name another judge")
         return data.judge_named(str(directory), args.device)
     steps = max(1, math.ceil(args.reward_epochs * len(start.pairs) / args.batch_size))
     reward_args = argparse.Namespace(**{**vars(args), "out": args.out / "reward", "steps": steps,
@@ -204,8 +197,8 @@ def reward_model(start, args, earlier):
     scorer.model.config.reward_clip = args.reward_clip
     measured = evaluate(scorer)
     scorer.save(directory, model_card(
-        reward_args, "A reward model. The reward is the score after prompt + response + EOS, read at that "
-        "EOS, less `reward_center` of config.json: pi_ref's mean.", measured))
+        reward_args, "A reward model. The reward is the score after prompt + response + EOS, read "
+        "at that EOS, less `reward_center` of config.json: pi_ref's mean.", measured))
     print("reward model, held out: " + ", ".join(f"{k} {v:.3f}" for k, v in measured.items()))
     return data.judge_named(str(directory), args.device)
 
@@ -258,7 +251,8 @@ def train_ppo(policy, ref, prompts, judge, evaluate, args) -> None:
 
         # 4: some epochs on the same responses, in shuffled order and in args.minibatches parts
         shuffle, updates = step.generator("ppo", device="cpu"), []
-        for rows in shuffled_parts(len(asked), args.epochs, args.minibatches, shuffle):
+        orders = [torch.randperm(len(asked), generator=shuffle) for _ in range(args.epochs)]
+        for rows in (part for order in orders for part in order.chunk(args.minibatches)):
             loss, metrics = ppo_objective(policy, value, rolled, values, advantages, returns, rows)
             loss.backward()
             grad_norm = run.clip(policy, args.max_grad_norm)
@@ -271,22 +265,13 @@ def train_ppo(policy, ref, prompts, judge, evaluate, args) -> None:
         step.log(**means, first_ratio_error=updates[0]["ratio_error"], **rolled.metrics)
 
 
-def shuffled_parts(n: int, epochs: int, parts: int, generator):
-    """Row numbers: in each epoch all n rows in a new order, so many parts."""
-    for _ in range(epochs):
-        yield from torch.randperm(n, generator=generator).chunk(parts)
-
-
 def ppo_objective(policy, value, rolled: Rollout, old_values, advantages, returns, rows):
-    """(loss, metrics) of line 4 on some of the responses.
-
-    Sums over tokens, means over responses: the objective is about whole responses.
-    """
+    """(loss, metrics) of line 4; sums over tokens, for the objective is about whole responses."""
     prompts, responses = [rolled.prompts[i] for i in rows], [rolled.responses[i] for i in rows]
     logps, mask = policy.token_logps(prompts, responses)  # (b, T')
     values = value.scores(prompts, responses)[0][:, :-1]  # (b, T')
-    old_logps, old_values, advantages, returns = (
-        table[rows, :mask.shape[1]] for table in (rolled.old_logps, old_values, advantages, returns))
+    old_logps, old_values, advantages, returns = (  # (b, T')
+        x[rows, :mask.shape[1]] for x in (rolled.old_logps, old_values, advantages, returns))
     policy_loss = (ppo_loss(logps, old_logps, advantages, CLIP) * mask).sum() / len(rows)
     critic_loss = (value_loss(values, old_values, returns, VALUE_CLIP) * mask).sum() / len(rows)
     loss, ratio = policy_loss + critic_loss, torch.exp(logps - old_logps).detach()[mask]
@@ -320,10 +305,11 @@ def train_rloo(policy, ref, prompts, judge, evaluate, args) -> None:
 
 # ---- the command
 
-def add_flags(add) -> None:
-    """The flags of rlhf.py beside the common ones."""
-    add("--stage", choices=["both", "reward", "ppo"], default="both", help="train the reward model, "
-        "or the policy on the reward model in --out, or one after the other (default both)")
+def main(argv=None, begin=data.start):
+    """The command. begin: args -> data.Start; the studies begin with pairs of their own."""
+    parser, add = run.parser(__doc__)
+    add("--stage", choices=["both", "reward", "ppo"], default="both", help="train the reward "
+        "model, or the policy on the reward model in --out, or one after the other (default both)")
     add("--reward-epochs", type=float, default=8, help="passes of the reward model over the pairs, "
         "at twice --lr (default 8)")
     add("--reward-clip", type=float, help="R': keep the learned reward within +-R', so that the "
@@ -333,12 +319,6 @@ def add_flags(add) -> None:
     add("--minibatches", type=int, default=1, help="minibatches in a pass (default 1)")
     add("--rloo", action="store_true", help="REINFORCE, the baseline the prompt's other samples")
     add("--k", type=int, default=4, help="samples a prompt with --rloo (default 4)")
-
-
-def main(argv=None, begin=data.start):
-    """The command. begin: args -> data.Start; the studies begin with pairs of their own."""
-    parser, add = run.parser(__doc__)
-    add_flags(add)
     parser.set_defaults(judge="reward", steps=120, eval_every=20)
     args = run.parse(parser, argv, lambda args: "rloo" if args.rloo else "ppo", ("beta",))
     if args.beta < 0:

@@ -22,6 +22,8 @@ import torch
 from tqdm import tqdm
 
 REVIEWS = Path("runs/reviews")  # the task of a pretrained model, if it is there
+SHOWN = {"loss": "loss {:.3f}", "win_rate": "win {:.2f}", "reverse_kl": "KL {:.1f} nats",
+         "reward_accuracy": "accuracy {:.2f}"}  # by the progress bar: the last ones measured
 
 
 class UserError(Exception):
@@ -54,24 +56,22 @@ def parser(doc: str | None):
     add("--batch-size", type=int, help="preference pairs in a step (default 64 for tiny, else 16)")
     add("--lr", type=float, help="learning rate of AdamW, constant (default 5e-4 for tiny, else "
         "2e-5; with --train-layers try 1e-4)")
-    add("--beta", type=float, default=0.1, help="temperature: the larger, the closer to pi_ref "
-        "(default 0.1)")
+    add("--beta", type=float, default=0.1, help="the larger, the closer to pi_ref (default 0.1)")
     add("--max-grad-norm", type=float, default=1.0, help="clip the gradient's norm (default 1)")
 
     add = p.add_argument_group("the data").add_argument
     add("--model", default="tiny", help="the language model to start from: tiny (built in, made on "
         "first use), a transformers directory, or a hub name such as gpt2 (default tiny)")
     add("--data", help="what to learn: world (built in), a directory with prompts, or preference "
-        "pairs from a JSONL file or a hub data set, of whose prompts a tenth is held out; data.py "
-        f"says more (default world; for a pretrained model {REVIEWS}, if it is there)")
-    add("--pairs", type=int, help="offline preference pairs to collect, two samples of pi_ref, "
-        "labelled by the task's judge; of no use if --data holds pairs (default 400 for tiny, else "
-        "1000)")
-    add("--judge", help="who judges responses: golden (the world's true reward), vader, a directory "
-        "with a judge, task (the one that --data names) or none; judges.py says more (default task, "
-        "golden in the world, none for pairs from a file; rlhf.py trains its own)")
-    add("--sft-steps", type=int, help="steps of fine-tuning on the texts of --data that make pi_ref "
-        "of a pretrained model, done once and kept (default 200; 0 for the policy of a run)")
+        "pairs from a JSONL file or a hub data set; data.py says more (default world; for a "
+        f"pretrained model {REVIEWS}, if it is there)")
+    add("--pairs", type=int, help="preference pairs to sample from pi_ref, where --data holds none "
+        "(default 400 for tiny, else 1000)")
+    add("--judge", help="who judges responses: golden, vader, a directory, task (the one that "
+        "--data names) or none; judges.py says more (default task, golden in the world, none for "
+        "pairs from a file; rlhf.py trains its own)")
+    add("--sft-steps", type=int, help="steps of fine-tuning on the texts of --data that make a "
+        "pretrained model pi_ref, done once and kept (default 200; 0 for the policy of a run)")
     add("--max-new-tokens", type=int, default=24, help="longest response, in tokens (default 24)")
     add_run_flags(p)
     return p, of_algorithm
@@ -83,8 +83,7 @@ def add_run_flags(p: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="decides everything random (default 0)")
     add("--eval-every", type=int, default=50, help="evaluate and checkpoint every this many steps "
         "(default 50; rlhf.py 20)")
-    add("--eval-samples", type=int, help="responses in an evaluation (default 512 for tiny, else "
-        "64)")
+    add("--eval-samples", type=int, help="responses to evaluate (default 512 for tiny, else 64)")
     add("--out", type=Path, help="the run's directory (default runs/ and the algorithm's name)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out, exactly")
 
@@ -95,8 +94,8 @@ def add_run_flags(p: argparse.ArgumentParser) -> None:
         "weights stay float32 (default bfloat16 for a pretrained model on a GPU)")
     add("--train-layers", type=int, metavar="N", help="train only the last N layers: less memory "
         "and time, for CPUs (default: all)")
-    add("--micro-batch", type=int, metavar="N", help="responses in a forward and backward pass; the "
-        "gradient is the whole batch's, for less memory and a forward pass more (default: all)")
+    add("--micro-batch", type=int, metavar="N", help="responses in a forward and backward pass; "
+        "the gradient is the whole batch's, for less memory and a forward pass more (default: all)")
     add("--gradient-checkpointing", action="store_true", help="keep only each layer's input for "
         "the backward pass and compute the rest again: less memory, a forward pass more")
     add("--plain", action="store_true", help="run the forms that lm.py shows instead of fast.py's: "
@@ -281,7 +280,8 @@ def loop(args, trained: torch.nn.Module, optimizer, evaluate: Callable) -> Itera
             dynamic_ncols=True) as bar:
         for number in range(done + 1, args.steps + 1):
             step = Step(number, args)
-            bar.set_postfix_str(postfix(shown), refresh=False)
+            bar.set_postfix_str(", ".join(form.format(shown[key]) for key, form in SHOWN.items()
+                                          if shown.get(key) is not None), refresh=False)
             yield step
             line = {"step": number, **{name: float(x) for name, x in step.metrics.items()}}
             at_checkpoint = number % args.eval_every == 0 or number == args.steps
@@ -294,18 +294,9 @@ def loop(args, trained: torch.nn.Module, optimizer, evaluate: Callable) -> Itera
             bar.update()
 
 
-def postfix(line: dict) -> str:
-    """What the progress bar shows: the step's loss, and the last measured win rate and KL."""
-    shown = {"loss": "loss {:.3f}", "win_rate": "win {:.2f}", "reverse_kl": "KL {:.1f} nats",
-             "reward_accuracy": "accuracy {:.2f}"}
-    parts = [form.format(line[key]) for key, form in shown.items() if line.get(key) is not None]
-    return ", ".join(parts)
-
-
 def clip(model: torch.nn.Module, max_norm: float) -> torch.Tensor:
     """Scale the model's gradient to a norm of at most max_norm; returns its norm before."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     if not norm.isfinite():
-        raise UserError(f"the gradient is {norm.item()}: training has diverged; lower --lr, or "
-                        "raise --beta")
+        raise UserError(f"the gradient is {norm}: training has diverged; lower --lr, raise --beta")
     return norm

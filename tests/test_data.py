@@ -130,7 +130,7 @@ def test_pairs_are_a_function_of_the_seed_and_each_refill_draws_afresh():
 
 
 def test_a_policy_with_one_response_is_refused_with_the_reason():
-    with pytest.raises(UserError, match="only 0 of 8 pairs in 100 draws: the policy gives nearly always the same"):
+    with pytest.raises(UserError, match="only 0 of 8 pairs in 100 draws: nearly all responses are equal"):
         collect(sampler(" superb."), ["The plot was"], 8, seed=0)
 
 
@@ -238,7 +238,7 @@ def test_a_file_that_is_not_utf_8_is_named(tmp_path):
 def test_half_a_character_is_named(tmp_path):
     path = tmp_path / "half.jsonl"
     path.write_text('{"prompt": "a", "chosen": " \\ud83d", "rejected": " c"}\n')
-    with pytest.raises(UserError, match="half.jsonl:1: field 'chosen' has half a character at position 1"):
+    with pytest.raises(UserError, match="half.jsonl:1: field 'chosen' has half a character"):
         read_jsonl(path)
 
 
@@ -339,7 +339,7 @@ def test_held_out_prompts_are_never_trained_on_and_no_row_is_lost(tmp_path, n_pr
 
 def test_a_file_with_one_prompt_cannot_be_split(tmp_path):
     path = write_lines(tmp_path / "pairs.jsonl", GOOD, {**GOOD, "chosen": " fresh."})
-    with pytest.raises(UserError, match="pairs.jsonl: all rows have the same prompt.*at least two different prompts"):
+    with pytest.raises(UserError, match="pairs.jsonl: 1 prompts; at least 2 are needed, one to hold out"):
         split(path)
 
 
@@ -400,19 +400,19 @@ def test_prompt_and_response_are_the_rendered_conversation_up_to_its_eos(prompt,
 
 @pytest.mark.parametrize("policy", [None, chat_policy(None)], ids=["no policy", "no template"])
 def test_a_conversation_needs_a_chat_template(policy):
-    with pytest.raises(UserError, match="talks.jsonl:4: messages need a chat template, and this model's tokenizer"):
+    with pytest.raises(UserError, match="talks.jsonl:4: messages need a chat template, but this tokenizer has none"):
         data.check_pair(TALK, "talks.jsonl:4", policy)
 
 
 @pytest.mark.parametrize("field", ["prompt", "chosen", "rejected"])
 @pytest.mark.parametrize("messages, complaint", [
-    (["Superb."], "a message must be an object"),
-    ([{"role": "assistant"}], "a message must be an object"),
-    ([{"content": "Superb."}], "a message must be an object"),
-    ([{"role": "assistant", "content": None}], "a message must be an object"),
-    ([{"role": 1, "content": "Superb."}], "a message must be an object"),
-    ([{"role": "assistant", "content": "Superb."}, None], "a message must be an object"),
-    ([], "is an empty list of messages"),
+    (["Superb."], "expected messages, got"),
+    ([{"role": "assistant"}], "field 'content' is missing; found"),
+    ([{"content": "Superb."}], "field 'role' is missing; found"),
+    ([{"role": "assistant", "content": None}], "field 'content' must be a string"),
+    ([{"role": 1, "content": "Superb."}], "field 'role' must be a string"),
+    ([{"role": "assistant", "content": "Superb."}, None], "expected messages, got"),
+    ([], "expected messages, got"),
 ])
 def test_a_bad_message_is_named(field, messages, complaint):
     with pytest.raises(UserError, match=f"^talks.jsonl:4: field '{field}'.* {complaint}"):
@@ -428,12 +428,12 @@ def test_a_conversation_with_an_empty_or_equal_response_is_refused():
 
 def test_a_template_that_rewrites_the_prompt_is_refused():
     shows_only_the_last = "{{ messages[-1]['content'] }}{{ eos_token }}"
-    with pytest.raises(UserError, match="row: field 'chosen': the chat template renders the prompt differently"):
+    with pytest.raises(UserError, match="row: field 'chosen' makes the chat template alter the prompt"):
         data.check_pair(TALK, "row", chat_policy(shows_only_the_last))
 
 
 def test_a_template_that_refuses_says_so_in_a_sentence():
-    with pytest.raises(UserError, match="row: the model's chat template refuses these messages"):
+    with pytest.raises(UserError, match="row: the chat template refuses these messages"):
         data.check_pair(TALK, "row", chat_policy("{{ raise_exception('no system role') }}"))
 
 
@@ -459,12 +459,12 @@ def test_a_hub_data_set_is_read_from_its_split_train_and_checked(monkeypatch):
     with pytest.raises(UserError, match="some/pairs: row 2: field 'chosen' is empty"):
         data.read_hub("some/pairs")
     rows.clear()
-    with pytest.raises(UserError, match="--data some/pairs: the split 'train' of this data set has no rows"):
-        data.read_hub("some/pairs")
+    with pytest.raises(UserError, match="some/pairs: 0 prompts; at least 2 are needed"):
+        split("some/pairs")
 
 
 @pytest.mark.parametrize("error, shown", [
-    (FileNotFoundError("no data set some/pairs\nsecond line"), "FileNotFoundError: no data set some/pairs"),
+    (FileNotFoundError("no data set some/pairs\nsecond line"), "FileNotFoundError('no data set some/pairs"),
     (TimeoutError(), "TimeoutError"),
 ])
 def test_what_the_hub_says_is_passed_on_in_one_line(monkeypatch, error, shown):
@@ -472,9 +472,9 @@ def test_what_the_hub_says_is_passed_on_in_one_line(monkeypatch, error, shown):
         raise error
 
     fake_hub(monkeypatch, load_dataset)
-    with pytest.raises(UserError, match="--data some/pairs: there is no such file, and the hub") as raised:
+    with pytest.raises(UserError, match="--data some/pairs: there is no such file, and the reader of") as raised:
         data.read_hub("some/pairs")
-    assert shown in str(raised.value) and "second line" not in str(raised.value)
+    assert shown in str(raised.value) and "\n" not in str(raised.value)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -526,7 +526,7 @@ def test_the_policy_of_a_run_is_not_fine_tuned_again(model_dir, tmp_path):
 def test_without_reviews_the_world_serves_and_the_run_says_so(model_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     data.start(settings(model_dir, "--sft-steps", "0"))
-    assert "learns in the built-in world, for there is no task in runs/reviews/" in capsys.readouterr().out
+    assert "learns in the built-in world; for film reviews, see recipes/README.md" in capsys.readouterr().out
 
 
 def test_sft_and_pairs_are_made_once_and_decide_pi_ref(reviews, model_dir, monkeypatch, capsys):
@@ -570,9 +570,9 @@ def test_pairs_are_labelled_by_the_tasks_judge(reviews, model_dir):
 
 @pytest.mark.parametrize("name, text, says", [
     ("task.json", "{", r"task.json:1: not valid JSON"),
-    ("task.json", "{}", "needs the strings label and second"),
-    ("sft.jsonl", '{"prompt": "a"}\n', "sft.jsonl:1: expected an object with the strings prompt, response"),
-    ("prompts.jsonl", '{"prompt": "a"}\n{"prompt": 3}\n', "prompts.jsonl:2: expected an object with the strings"),
+    ("task.json", "{}", "task.json:1: field 'label' is missing"),
+    ("sft.jsonl", '{"prompt": "a"}\n', "sft.jsonl:1: field 'response' is missing"),
+    ("prompts.jsonl", '{"prompt": "a"}\n{"prompt": 3}\n', "prompts.jsonl:2: field 'prompt' must be a string"),
     ("prompts.jsonl", "", "prompts.jsonl: no rows"),
     ("held_out_prompts.jsonl", '{"prompt": "same"}\n', "1 prompts are in prompts.jsonl and in held_out"),
     ("held_out_prompts.jsonl", None, "held_out_prompts.jsonl is missing"),
@@ -664,11 +664,11 @@ def test_encode_names_file_line_and_field(words):
 
     assert encode("The plot was", " superb.", " dull.")[0][:3] == (
         words.encode_prompt("The plot was"), words.encode_response(" superb.", 4), words.encode_response(" dull.", 4))
-    with pytest.raises(UserError, match="^pairs.jsonl:7: field 'prompt' has 63 tokens, but .* leaves room for 60"):
+    with pytest.raises(UserError, match="^pairs.jsonl:7: field 'prompt' has 63 tokens; .* leaves room for 60"):
         encode("The" + " plot" * 62, " superb.", " dull.")
     with pytest.raises(UserError, match="^pairs.jsonl:7: fields 'chosen' and 'rejected' are the same in their first 4"):
         encode("The plot was", " not" * 4 + " dull.", " not" * 4 + " flat.")
-    with pytest.raises(UserError, match="^pairs.jsonl:7: field 'chosen': the model's tokenizer does not know every"):
+    with pytest.raises(UserError, match="^pairs.jsonl:7: field 'chosen': --model does not know every"):
         encode("The plot was", " superb, sesquipedalian.", " dull.")
 
 
