@@ -259,10 +259,11 @@ def encode(policy: LM, pairs: Sequence[Pair], max_new_tokens: int) -> list[Encod
         chosen, rejected = (policy.encode_response(y, max_new_tokens) for y in pair[1:3])
         if len(prompt) > room:
             raise UserError(f"{pair.where}: field 'prompt' has {len(prompt)} tokens; the context "
-                            f"less --max-new-tokens {max_new_tokens} leaves room for {room}")
+                            f"less --max-new-tokens {max_new_tokens} leaves room for {room}; "
+                            "shorten the prompt or lower --max-new-tokens")
         if chosen == rejected:
             raise UserError(f"{pair.where}: fields 'chosen' and 'rejected' are the same in their "
-                            f"first {max_new_tokens} tokens; raise --max-new-tokens")
+                            f"first {max_new_tokens} tokens; raise --max-new-tokens or drop it")
         rows.append(Encoded(prompt, chosen, rejected))
     return rows
 
@@ -278,7 +279,8 @@ def split_file(args, policy: LM) -> tuple[list[Pair], list[Pair]]:
     pairs = read_jsonl(source, policy) if source.exists() else read_hub(args.data, policy)
     prompts = prompts_of(pairs)
     if len(prompts) < 2:
-        raise UserError(f"{source}: {len(prompts)} prompts; at least 2 are needed, one to hold out")
+        raise UserError(f"{source}: {len(prompts)} prompts; at least 2 are needed, one to hold out, "
+                        "or a directory with pairs.jsonl and held_out_pairs.jsonl")
     random.Random(args.seed).shuffle(prompts)
     held_out = set(prompts[:max(1, len(prompts) // 10)])  # a tenth, with all their rows
     return ([pair for pair in pairs if pair.prompt not in held_out],
@@ -306,9 +308,10 @@ def json_object(text: bytes, where: str) -> dict:
     try:
         row = json.loads(text.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise UserError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start}); save it "
+                        "as UTF-8") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON ({error.msg} at character {error.pos})") from None
+        raise UserError(f"{where}: not valid JSON ({error})") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected a JSON object, got {row!r:.60}")
     return row
@@ -343,13 +346,14 @@ def read_prompts(directory) -> tuple[list[str], list[str]]:
     shared = set(train) & set(held_out)
     if shared:
         raise UserError(f"{directory}: {len(shared)} prompts are in prompts.jsonl and in "
-                        f"held_out_prompts.jsonl, for example {min(shared)!r:.60}")
+                        f"held_out_prompts.jsonl, for example {min(shared)!r:.60}; what is trained "
+                        "on cannot be held out")
     return train, held_out
 
 
 def read_task(directory) -> tuple[str, str]:
     """task.json: the judge that labels and measures ("label"), and the one that only measures."""
-    folder, where = Path(directory), f"{directory}/task.json:1"
+    folder, where = Path(directory), f"{directory}/task.json"
     task = json_object((folder / "task.json").read_bytes(), where)
     names = [string(task, role, where) for role in ("label", "second")]
     # a judge's directory may lie in the task's
@@ -379,7 +383,7 @@ def check_pair(row: dict, where: str, policy: LM | None = None) -> Pair:
         row = render_chat({field: row[field] for field in FIELDS}, where, policy)
     prompt, chosen, rejected = (string(row, field, where, field == "prompt") for field in FIELDS)
     if chosen == rejected:
-        raise UserError(f"{where}: fields 'chosen' and 'rejected' are the same text")
+        raise UserError(f"{where}: fields 'chosen' and 'rejected' are the same text; drop the row")
     return Pair(prompt, chosen, rejected, where)
 
 
@@ -392,7 +396,8 @@ def render_chat(fields: dict, where: str, policy: LM | None) -> dict[str, str]:
             for key in ("role", "content"):
                 string(message, key, f"{where}: field '{field}'", may_be_empty=True)
     if policy is None or not policy.tokenizer.chat_template:
-        raise UserError(f"{where}: messages need a chat template, but this tokenizer has none")
+        raise UserError(f"{where}: messages need a chat template, but this tokenizer has none; use "
+                        "a chat model, or give the three fields as strings")
     render = policy.tokenizer.apply_chat_template
     try:
         prompt = render(fields["prompt"], tokenize=False, add_generation_prompt=True)

@@ -305,9 +305,8 @@ def train_rloo(policy, ref, prompts, judge, evaluate, args) -> None:
 
 # ---- the command
 
-def main(argv=None, begin=data.start):
-    """The command. begin: args -> data.Start; the studies begin with pairs of their own."""
-    parser, add = run.parser(__doc__)
+def add_flags(add) -> None:
+    """The flags of rlhf.py beside the common ones."""
     add("--stage", choices=["both", "reward", "ppo"], default="both", help="train the reward "
         "model, or the policy on the reward model in --out, or one after the other (default both)")
     add("--reward-epochs", type=float, default=8, help="passes of the reward model over the pairs, "
@@ -319,6 +318,12 @@ def main(argv=None, begin=data.start):
     add("--minibatches", type=int, default=1, help="minibatches in a pass (default 1)")
     add("--rloo", action="store_true", help="REINFORCE, the baseline the prompt's other samples")
     add("--k", type=int, default=4, help="samples a prompt with --rloo (default 4)")
+
+
+def main(argv=None, begin=data.start):
+    """The command. begin: args -> data.Start; the studies begin with pairs of their own."""
+    parser, add = run.parser(__doc__)
+    add_flags(add)
     parser.set_defaults(judge="reward", steps=120, eval_every=20)
     args = run.parse(parser, argv, lambda args: "rloo" if args.rloo else "ppo", ("beta",))
     if args.beta < 0:

@@ -569,8 +569,8 @@ def test_pairs_are_labelled_by_the_tasks_judge(reviews, model_dir):
 
 
 @pytest.mark.parametrize("name, text, says", [
-    ("task.json", "{", r"task.json:1: not valid JSON"),
-    ("task.json", "{}", "task.json:1: field 'label' is missing"),
+    ("task.json", "{", r"task.json: not valid JSON"),
+    ("task.json", "{}", "task.json: field 'label' is missing"),
     ("sft.jsonl", '{"prompt": "a"}\n', "sft.jsonl:1: field 'response' is missing"),
     ("prompts.jsonl", '{"prompt": "a"}\n{"prompt": 3}\n', "prompts.jsonl:2: field 'prompt' must be a string"),
     ("prompts.jsonl", "", "prompts.jsonl: no rows"),
