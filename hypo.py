@@ -27,7 +27,7 @@ Different here: we minimise, so loss_dpo = -l_dpo, and line 6 descends on loss_d
 AdamW with a clipped gradient takes the step. D_on has k samples for each of the minibatch's prompts.
 Sums are means, so --lam is k times the box's lambda. With --k 1 the samples enter as line 5 prints it.
 With k >= 2 the mean log-ratio of the prompt's other samples is subtracted from the weight
-(leave-one-out), as in the paper's experiments: the same expected gradient, less noise.
+(leave-one-out), as in the paper's experiments: the same expected gradient, usually less noise.
 """
 
 import torch
@@ -45,7 +45,7 @@ def kl_loss(logps, logratios):
 
         sum_y [grad pi(y)] h(y) + sum_y pi(y) grad h(y) = E_{y ~ pi}[ h(y) grad log pi(y) ],
 
-    for grad pi = pi grad log pi, and the second sum is the gradient of sum_y pi(y) = 1, so 0. Hence
+    for grad pi = pi grad log pi = pi grad h: the second sum is grad sum_y pi(y) = grad 1 = 0. Hence
     E[b grad log pi(y)] = 0, too, for every b that does not depend on y: to subtract b from h changes
     the noise and no expectation. Here b is the mean h of the prompt's other samples, 0 for k = 1.
     The loss is a surrogate: its gradient is right on average, its value is no KL.
@@ -55,8 +55,8 @@ def kl_loss(logps, logratios):
     """
     k = logratios.shape[1]
     # sg, stop-gradient: the weight is a number. If it moved, the product rule would add log pi *
-    # grad log pi, which pulls at the entropy. And h alone is no loss: grad h = grad log pi has mean
-    # 0, for autograd does not see that the samples depend on pi.
+    # grad log pi, and raise the entropy. And h alone is no loss: grad h = grad log pi has mean 0,
+    # for autograd does not see that the samples depend on pi.
     weights = logratios.detach()
     if k > 1:
         weights = weights - (weights.sum(1, keepdim=True) - weights) / (k - 1)
@@ -73,7 +73,7 @@ def train(policy, ref, pairs, evaluate, args) -> None:
         batch = step.minibatch(pairs)
 
         # 3: the DPO loss, on log-ratios h(y) = log pi(y|x)/pi_ref(y|x) of whole responses; pi_ref's
-        # part is stored with the pairs, for neither ever changes
+        # part is stored in each pair (ref_chosen, ref_rejected), for it never changes
         chosen_logratio, rejected_logratio = policy.logratios(batch)  # (B,), (B,)
         loss_dpo = dpo_loss(chosen_logratio, rejected_logratio, args.beta).mean()
 
@@ -82,7 +82,7 @@ def train(policy, ref, pairs, evaluate, args) -> None:
         responses = policy.sample(prompts, args.max_new_tokens, step.generator("online"))
 
         # 5: the KL loss; one row holds the k samples of one prompt
-        logps = policy.logps(prompts, responses)  # (B * k,) with a gradient, as samples have none
+        logps = policy.logps(prompts, responses)  # (B * k,) with a gradient: sampling kept none
         with torch.no_grad():  # pi_ref is fixed, and the weights of the loss are numbers
             logratios = logps - ref.logps(prompts, responses)  # (B * k,)
         loss_kl = kl_loss(logps.view(-1, args.k), logratios.view(-1, args.k)).mean()

@@ -18,7 +18,8 @@ all rows, and in sampling the last column is every text's last token:
      My  sister said  it    was | never  felt   flat  <eos>
 
 Masks come from lengths, never from token ids: padding is token 0, which may be a real token, too. A
-mask made from ids would drop the EOS of every response where pad and EOS are one token, as in GPT-2.
+mask made from ids would drop the EOS of every response where both are one token, as in the built-in
+model.
 
 These are the plain forms, which `--plain` runs. By default fast.py replaces LM.token_logps and
 LM.sample_batch with quicker ones.
