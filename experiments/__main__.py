@@ -174,6 +174,7 @@ def main(argv=None) -> None:
         return
     if options.name == "pages":
         pages.write_pages(Path("results"), list(STUDIES))
+        pages.draw_runs(Path("results"))
         return
     run_jobs(options, [(seed, job) for name in names for job in STUDIES[name].runs for seed in options.seeds])
     concluded = []

@@ -6,11 +6,11 @@ import textwrap
 from collections import Counter
 from pathlib import Path
 
-from eval import aligned
+from eval import aligned, plot_goodhart
 from experiments.draw import write_labels
 from experiments.stats import Results
 from experiments.studies import STUDIES
-from run import UserError, write_text
+from run import UserError, read_rows, write_text
 
 FIRST_COMMIT = "0357e55"  # of reports that name none
 
@@ -26,6 +26,16 @@ VERDICTS = """A verdict says where the interval lies. Holds: where the paper's c
 side of 0. Not resolved: it holds 0, so these seeds do not tell. Contradicted and not contradicted are about claims that
 something is not above 0. Among {n} verdicts are {counts}. They are not corrected for their number: of 20 claims
 about nothing, one would come out on some side."""
+
+
+def draw_runs(folder: Path) -> None:
+    """results/hypo_vs_dpo.png, from the runs in results/runs.jsonl whose one flag is the seed."""
+    runs, names = {}, {}
+    for row in read_rows(folder / "runs.jsonl"):
+        program, _, flags = row["command"].removeprefix("python ").partition(".py ")
+        if program in ("hypo", "dpo") and flags.count("--") == 1:
+            runs[row["command"]], names[row["command"]] = row["evaluations"], program
+    plot_goodhart(runs, names, folder / "hypo_vs_dpo.png")
 
 
 def write_pages(folder: Path, names) -> None:
