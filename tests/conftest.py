@@ -12,7 +12,7 @@ import world
 from models import random_gpt2
 
 # CI draws the same examples each time; `HYPOTHESIS_PROFILE=thorough pytest` draws many new ones
-settings.register_profile("ci", derandomize=True, deadline=None, max_examples=30)
+settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25)
 settings.register_profile("thorough", deadline=None, max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 torch.set_num_threads(1)
