@@ -120,30 +120,29 @@ class FastLM(lm.LM):
         mask = torch.arange(int(lengths.max()), device=self.device) < lengths[:, None]  # (B, T)
         return logps.new_zeros(mask.shape).masked_scatter(mask, logps), mask
 
-    def sample_batch(self, prompts, max_new_tokens, generator, temperature) -> list[lm.Ids]:
+    def sample_batch(self, prompts, uniform, temperature=1.0, draw=lm.draw) -> list[lm.Ids]:
         """As LM.sample_batch, with the same random numbers."""
         if not knows(self.model.config):
-            return super().sample_batch(prompts, max_new_tokens, generator, temperature)
+            return super().sample_batch(prompts, uniform, temperature, draw)
         distinct = {prompt: n for n, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
         ids, mask = lm.pad(list(map(list, distinct)), "left", self.device)  # (distinct, P)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         cache = DynamicCache(config=self.model.config)
         rows = torch.arange(len(prompts), device=self.device)  # the n responses in the batch
         alive = torch.ones_like(rows, dtype=torch.bool)  # and which of them have not ended
-        tokens = rows.new_full((len(prompts), max_new_tokens), self.eos_id)
+        tokens = rows.new_full(uniform.shape, self.eos_id)
         keep = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=self.device)
         # under autocast, cast a weight once and not in every product: here weights do not move
         kind = self.device.type
         with torch.autocast(kind, torch.get_autocast_dtype(kind),
                             torch.is_autocast_enabled(kind), cache_enabled=True):
-            for t in range(max_new_tokens):
+            for t in range(uniform.shape[1]):
                 logits = self.model(ids, attention_mask=mask, position_ids=positions, use_cache=True,
                                     logits_to_keep=1, **{self.cache_name: cache}).logits[:, -1]
                 if t == 0:  # a prompt was read once; from here on each response has a row
                     cache.batch_select_indices(keep)
                     logits, mask, positions = logits[keep], mask[keep], positions[keep]
-                uniform = torch.rand(len(prompts), generator=generator, device=self.device)[rows]
-                ids = lm.draw(logits, uniform, temperature)[:, None]  # (n, 1)
+                ids = draw(logits, uniform[rows, t], temperature)[:, None]  # (n, 1)
                 tokens[rows, t] = ids.squeeze(1)
                 alive &= ids.squeeze(1) != self.eos_id
                 if not alive.any():

@@ -9,17 +9,17 @@
 Labels: P(a beats b) = sigmoid(reward(a) - reward(b)). Any can be gamed: report a second one.
 """
 
-import copy
 import json
 import math
+import os
 import re
 from collections import Counter
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
-from lm import Refused, Scorer
+from lm import Refused, Scorer, read_model
 from world import Judge, golden_judge
 
 
@@ -29,25 +29,18 @@ def load_judge(name: str, device: str = "cpu") -> Judge | None:
         return golden_judge if name == "golden" else None
     if name == "vader":
         return Judge(name, vader_rewards())
-    if (Path(name) / "judge.json").exists():
+    if os.path.exists(os.path.join(name, "judge.json")):
         return Judge(name, bag_of_words_rewards(Path(name) / "judge.json"))
-    if not Path(name).is_dir():
+    if not os.path.isdir(name):
         raise Refused(f"{name} is neither golden, vader or none, nor a directory with a judge.json "
                       "or a sequence-classification model")
-    if (Path(name) / "model" / "config.json").exists():  # runs/ppo/reward: its model is inside
-        raise Refused(f"{name} holds a run, not a model; did you mean {Path(name) / 'model'}?")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise Refused(f"{name} holds neither a judge.json nor a sequence-classification model that "
-                      f"transformers can load ({str(error).partition(chr(10))[0]})") from None
+    model, tokenizer = read_model(
+        AutoModelForSequenceClassification, "a judge.json or a sequence-classification model", name)
     labels = model.config.num_labels
     if labels > 2:
         raise Refused(f"{name}: a reward is one number, but this {type(model).__name__} has "
                       f"{labels} labels; it needs one, or two of which the second is the good one")
-    model = copy.deepcopy(model.eval()).to(device)  # out of the mapped file, as LM.load does it
+    model = model.eval().to(device)
     if labels == 1 and hasattr(model, "score"):
         return Judge(name, reward_model_rewards(Scorer(model, tokenizer)))
     return Judge(name, classifier_rewards(model, tokenizer))
@@ -58,13 +51,16 @@ def reward_model_rewards(scorer: Scorer):
     config, room = scorer.model.config, scorer.context_length
     center = getattr(config, "reward_center", 0.0)  # rlhf.py writes both, other models have neither
     bound = getattr(config, "reward_clip", None) or math.inf
+    if scorer.eos_id is None or not isinstance(center, (int, float)) or not bound > 0:
+        raise Refused("a reward model needs an EOS token, and in its config.json a reward_center that "
+                      "is a number and a reward_clip above 0, or neither")
 
     def rewards_of(prompts: list[str], responses: list[str]) -> list[float]:
         """See world.Judge. A prompt that is too long loses its start."""
         response_ids = [scorer.encode_response(text, room - 1) for text in responses]
         prompt_ids = [scorer.encode_prompt(text)[len(ids) - room:]
                       for text, ids in zip(prompts, response_ids, strict=True)]
-        rewards = scorer.predict(prompt_ids, response_ids, 64) - center
+        rewards = scorer.predict(prompt_ids, response_ids) - center
         return rewards.clamp(-bound, bound).tolist()
 
     return rewards_of
@@ -113,8 +109,16 @@ def bag_of_words_rewards(path):
 
     path: JSON with the regular expression of a word, the intercept, and [idf, weight] of an n-gram.
     """
-    model = json.loads(Path(path).read_text(encoding="utf-8"))
-    word, weights = re.compile(model["pattern"]), model["weights"]
+    try:
+        model = json.loads(Path(path).read_bytes())
+        word, weights = re.compile(model["pattern"]), model["weights"]
+        numbers = [model["intercept"], *(x for idf, weight in weights.values() for x in (idf, weight))]
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError("a number in it is NaN or infinite")
+        if word.groups:
+            raise ValueError("the pattern of a word may have no groups but (?:...)")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, re.error) as e:
+        raise Refused(f"{path} is no judge ({e!r:.80}); recipes/sentiment_judge.py makes one") from None
 
     def log_odds(text: str) -> float:
         """The intercept, and the weights of the text's n-grams by their share of its TF-IDF."""

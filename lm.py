@@ -30,8 +30,10 @@ import functools
 import inspect
 import math
 import os
+import random
 import re
 import shutil
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +41,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from huggingface_hub import model_info, try_to_load_from_cache
+from safetensors import safe_open
 from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -91,10 +94,13 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float = 1.0) 
     It inverts the distribution function: exact, as torch.multinomial, which uses V numbers a row.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (B, V)
-    cdf = (logits / temperature).softmax(-1).cumsum(-1)
+    # in float64: in float32, a third of a vocabulary of 152,000 could never be drawn
+    cdf = (logits / temperature).softmax(-1).cumsum(-1, dtype=uniform.dtype)
+    total = cdf[:, -1:]  # 1, to rounding
+    if not total.isfinite().all():
+        raise FloatingPointError("a logit is NaN or infinite: training has diverged; lower --lr")
     # from (0, 1]: at 0 it would be the first token, even one of probability 0
-    above_zero = (1 - uniform.to(cdf.dtype))[:, None]
-    return torch.searchsorted(cdf, above_zero * cdf[:, -1:]).squeeze(1)
+    return torch.searchsorted(cdf, (1 - uniform)[:, None] * total).squeeze(1)
 
 
 def in_parts(method: Callable) -> Callable:
@@ -129,21 +135,24 @@ def in_parts(method: Callable) -> Callable:
 class Network(torch.nn.Module):
     """A transformers model with its tokenizer. Its forward pass never has dropout."""
 
-    def __init__(self, model, tokenizer, micro_batch: int | None = None, source: str = ""):
+    def __init__(self, model, tokenizer, micro_batch: int | None = None, batch_size: int = 64,
+                 source: str = ""):
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
         self.micro_batch = micro_batch  # rows in a forward and backward pass; None: all
+        self.batch_size = batch_size  # pairs in a pass without a gradient: as many as in a step
         self.source = source  # the directory or hub name that it was loaded from
         self.eos_id: int = tokenizer.eos_token_id
-        self.context_length: int = getattr(model.config, "max_position_embeddings", None) or 10**9
+        self.context_length = context_length(model.config)
         # Llama 2 and Mistral put a space before every text. A response is no start of a text: it is
         # encoded and decoded behind a line break, which is then taken off.
         encode = functools.partial(tokenizer.encode, add_special_tokens=False)
         line = encode("\n")
         self.lead: Ids = line if encode("\na")[len(line):] != encode("a") else []
-        # what this version of transformers calls the argument for earlier keys and values
-        names = inspect.signature(model.forward).parameters
-        self.cache_name = "past_key_values" if "past_key_values" in names else "cache"
+        # what this model calls its argument for earlier keys and values, or for a recurrent state
+        names = [name for name in ("past_key_values", "cache", "cache_params")
+                 if name in inspect.signature(model.forward).parameters]
+        self.cache_name = names[0] if names else ""
         model.eval()
 
     def train(self, mode: bool = True):
@@ -202,12 +211,15 @@ class Network(torch.nn.Module):
         directory = Path(directory)
         beside = directory.with_name(directory.name + ".tmp")  # renamed when it is complete
         shutil.rmtree(beside, ignore_errors=True)
-        self.model.save_pretrained(beside)
-        self.tokenizer.save_pretrained(beside)
-        if card:
-            (beside / "README.md").write_text(card, encoding="utf-8")
-        shutil.rmtree(directory, ignore_errors=True)
-        os.replace(beside, directory)
+        try:
+            self.model.save_pretrained(beside)
+            self.tokenizer.save_pretrained(beside)
+            if card:
+                (beside / "README.md").write_text(card, encoding="utf-8")
+            shutil.rmtree(directory, ignore_errors=True)
+            os.replace(beside, directory)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)  # of a disk that is full, say
 
 
 # ---- the policy
@@ -251,31 +263,41 @@ class LM(Network):
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[Ids], max_new_tokens: int, generator: torch.Generator,
-               temperature: float = 1.0, batch_size: int = 256) -> list[Ids]:
+               temperature: float = 1.0) -> list[Ids]:
         """One response y ~ pi(.|x) for each prompt, exactly; EOS included if reached.
 
         Not `generate`: that obeys the model's generation_config (top-k, penalties), and then the
         samples are not samples of the policy whose log-probs we take.
         """
+        # a number for each token of each row, so that no sample depends on its batch
+        exact = torch.float32 if self.device.type == "mps" else torch.float64  # mps has no float64
+        uniform = torch.rand(len(prompts), max_new_tokens, generator=generator, dtype=exact,
+                             device=self.device)
         rows: list[Ids] = []  # of equal length in a batch
-        batches = range(0, len(prompts), batch_size)
-        for i in tqdm(batches, desc="sampling", unit="batch", leave=False, delay=3, disable=None):
-            batch = prompts[i:i + batch_size]
-            rows += self.sample_batch(batch, max_new_tokens, generator, temperature)
+        n = 4 * self.batch_size  # a row takes less than in a training step: nothing to go back for
+        for i in tqdm(range(0, len(prompts), n), desc="sampling", unit="batch", leave=False,
+                      delay=3, disable=None):
+            rows += self.sample_batch(prompts[i:i + n], uniform[i:i + n], temperature)
         return [row[:row.index(self.eos_id) + 1] if self.eos_id in row else row for row in rows]
 
-    def sample_batch(self, prompts, max_new_tokens, generator, temperature) -> list[Ids]:
-        """Rows of tokens, of equal length: what follows a row's first EOS has no meaning."""
+    def sample_batch(self, prompts, uniform, temperature=1.0, draw: Callable = draw) -> list[Ids]:
+        """Rows of tokens, of equal length: what follows a row's first EOS has no meaning.
+
+        uniform: (B, T) numbers in [0, 1), one a token. draw: as the function above.
+        """
         ids, mask = pad(prompts, "left", self.device)  # (B, P)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         cache = transformers.DynamicCache(config=self.model.config)  # earlier keys and values
         alive = torch.ones(len(prompts), dtype=torch.bool, device=self.device)
         tokens: list[torch.Tensor] = []
-        while len(tokens) < max_new_tokens and alive.any():
-            logits = self.model(ids, attention_mask=mask, position_ids=positions, use_cache=True,
-                                logits_to_keep=1, **{self.cache_name: cache}).logits[:, -1]  # (B, V)
-            uniform = torch.rand(len(prompts), generator=generator, device=self.device)
-            ids = draw(logits, uniform, temperature)[:, None]  # (B, 1)
+        # these two take a mask of the new tokens alone, the others one of all tokens so far
+        new_only = self.model.config.model_type in ("mamba", "falcon_mamba")
+        while len(tokens) < uniform.shape[1] and alive.any():
+            logits = self.model(
+                ids, attention_mask=mask[:, -ids.shape[1]:] if new_only else mask,
+                position_ids=positions, use_cache=True, logits_to_keep=1,
+                **{self.cache_name: cache}).logits[:, -1]  # (B, V)
+            ids = draw(logits, uniform[:, len(tokens)], temperature)[:, None]  # (B, 1)
             tokens.append(ids)  # also of rows that have ended: see sample
             alive &= ids.squeeze(1) != self.eos_id
             mask, positions = torch.cat([mask, torch.ones_like(ids)], dim=1), positions[:, -1:] + 1
@@ -288,44 +310,72 @@ class LM(Network):
         return prompt_ids, responses, [self.decode(response) for response in responses]
 
     @torch.no_grad()
-    def reverse_kl(self, ref: "LM", prompts: Sequence[Ids], responses: Sequence[Ids],
-                   batch_size: int = 64) -> torch.Tensor:
+    def reverse_kl(self, ref: "LM", prompts: Sequence[Ids],
+                   responses: Sequence[Ids]) -> torch.Tensor:
         """(N,) estimates of KL(pi(.|x) || pi_ref(.|x)), nats; responses must be samples of pi.
 
         The exact KL of the two next-token distributions, summed over the sampled prefixes
         (Rao-Blackwell): unbiased like log pi / pi_ref, with less variance, and never negative.
         To report, not to differentiate: the policy also decides which prefixes come.
         """
-        kls, n = [], min(batch_size, self.micro_batch or batch_size)
+        # six tensors of (n, T, V) at a time, for a training step holds as many of (2 pairs, T, V)
+        kls, n = [], min(-(-self.batch_size // 2), self.micro_batch or self.batch_size)
         for start in range(0, len(prompts), n):
             batch = prompts[start:start + n], responses[start:start + n]
             logits, _, mask = self.response_logits(*batch)
-            log_pi = logits.log_softmax(-1)  # (B, T, V)
+            log_pi = logits.log_softmax(-1)  # (n, T, V)
             log_ref = ref.response_logits(*batch)[0].log_softmax(-1)
-            kl = (log_pi.exp() * (log_pi - log_ref)).sum(-1)  # (B, T)
+            kl = (log_pi.exp() * (log_pi - log_ref)).sum(-1)  # (n, T)
             kls.append(torch.where(mask, kl, 0.0).sum(1))
         return torch.cat(kls)
 
-    @classmethod
-    def load(cls, name: str, device: str = "cpu", micro_batch: int | None = None):
-        """The policy in a transformers directory or under a hub name, weights in float32."""
-        if not Path(name).is_dir():
-            require_on_hub(name)
-        safe: Any = dict(trust_remote_code=False)
+    @torch.no_grad()
+    def check(self) -> None:
+        """Refused, unless log pi(y|x) is one number however it is computed, and the sampler's, too.
+
+        With some architectures padding enters a state, later tokens are seen, or the sampler goes
+        on from another state than the scorer. They run to the end all the same, and the run is of
+        no policy. In float32 the right ones agree to 1e-5 of the logits' spread.
+        """
+        ordinary = sorted({*range(len(self.tokenizer))} - {*self.tokenizer.all_special_ids})
+        rng = random.Random(0)
+        prompts, forced = ([rng.choices(ordinary, k=n) for n in lengths] for lengths in ((1, 5), (4, 4)))
+        tokens, logits = torch.tensor(forced, device=self.device), []  # the sampler's logits
+
+        def force(next_logits, uniform, temperature):
+            """In place of draw: sampling goes on with the forced tokens."""
+            logits.append(next_logits)
+            return tokens[:, len(logits) - 1]
+
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name, **safe)
-            config = transformers.AutoConfig.from_pretrained(name, **safe)
-            if getattr(config, "activation_function", None) == "gelu_new":
-                config.activation_function = "gelu_pytorch_tanh"  # the same function in one kernel
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                name, config=config, dtype=torch.float32, use_safetensors=True, **safe)
-        except (OSError, ValueError) as error:
-            raise Refused(f"{name} does not hold a causal language model that transformers can load "
-                          f"({str(error).partition(chr(10))[0]})") from None
+            with torch.autocast(self.device.type, enabled=False):
+                batched = self.token_logps(prompts, forced)[0]  # (2, 4)
+                alone = torch.cat([self.token_logps([x], [y[:2]])[0] for x, y in zip(prompts, forced)])
+                self.sample_batch(prompts, torch.zeros(2, 4, device=self.device), draw=force)
+        except Exception as error:
+            *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+            if not frame.f_globals["__name__"].startswith(("transformers.", "torch.")):
+                raise  # a mistake of ours, and not what a foreign architecture makes of our calls
+            raise Refused(f"its forward pass cannot be used here: {error!r:.150}") from error
+        drawn = torch.stack(logits, 1).log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+        for off, why in (
+                (batched[:, :2] - alone, "padding, other rows or later tokens move a log-prob"),
+                (batched - drawn, "the sampler draws from another distribution than is scored")):
+            if not off.abs().max() <= 1e-3 * logits[0].std():
+                raise Refused(f"models of type {self.model.config.model_type} cannot be used here: {why}"
+                              f" (by {off.abs().max():.2g} nats); choose a decoder with plain attention")
+
+    @classmethod
+    def load(cls, name: str, device: str = "cpu", micro_batch: int | None = None,
+             batch_size: int = 64):
+        """The policy in a transformers directory or under a hub name, weights in float32."""
+        if not os.path.isdir(name):
+            require_on_hub(name)
+        model, tokenizer = read_model(
+            transformers.AutoModelForCausalLM, "a causal language model", name)
         if tokenizer.eos_token_id is None:
             raise Refused(f"the tokenizer of {name} has no EOS token, so a response could not end")
-        # a copy: a mapped file puts weights at another alignment, and products then round otherwise
-        return cls(copy.deepcopy(model), tokenizer, micro_batch, name).to(device)
+        return cls(model, tokenizer, micro_batch, batch_size, name).to(device)
 
     @classmethod
     def untrained(cls, texts: Sequence[str], layers: int, width: int, heads: int, positions: int,
@@ -341,7 +391,92 @@ class LM(Network):
     def frozen_copy(self):
         """The reference policy: the same function in other storage, which no optimizer touches."""
         model = copy.deepcopy(self.model)
-        return type(self)(model, self.tokenizer, self.micro_batch, self.source).requires_grad_(False)
+        return type(self)(model, self.tokenizer, self.micro_batch, self.batch_size,
+                          self.source).requires_grad_(False)
+
+
+# ---- models from outside
+
+def context_length(config) -> int:
+    """The longest text, in tokens, for which a row's log-probs depend on that row alone."""
+    config = getattr(config, "text_config", None) or config  # of a model that also sees
+    longest = getattr(config, "max_position_embeddings", None) or 0  # XLNet says -1
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("longrope", "dynamic"):  # beyond, the batch's longest row decides
+        longest = rope.get("original_max_position_embeddings", longest)
+    return longest if longest > 0 else 10**9
+
+
+def read_model(kind, what: str, name: str):
+    """(model, tokenizer) of a directory or a hub name, the weights in float32 as the files have them.
+
+    kind: a transformers Auto class, for `what`. Refused: what is damaged, incomplete or another kind.
+    """
+    refuse_files(Path(name))
+    safe: Any = dict(trust_remote_code=False)
+    part = "config.json"
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, **safe)
+        if getattr(config, "activation_function", None) == "gelu_new":
+            config.activation_function = "gelu_pytorch_tanh"  # the same function in one kernel
+        if getattr(config, "quantization_config", None):
+            raise ValueError("its weights are quantised, which cannot be trained here; name the "
+                             "model that they were made from")
+        if config.is_encoder_decoder:
+            raise ValueError(f"{config.model_type} is an encoder with a decoder, and has no "
+                             "log-prob of prompt + response; name a decoder")
+        part = "tokenizer"
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **safe)
+        part = "model of this config.json"
+        model, found = kind.from_pretrained(
+            name, config=config, dtype=torch.float32, use_safetensors=True,
+            output_loading_info=True, ignore_mismatched_sizes=True, **safe)
+    except Exception as error:  # the readers of the files raise what they like
+        raise Refused(f"{name} does not hold {what} that transformers can load "
+                      f"({part}: {str(error).partition(chr(10))[0]:.300})") from None
+    wrong = [f"{len(keys)} {what}, such as {min(map(str, keys))}" for what, keys in (
+        ("weights are missing", found["missing_keys"]),
+        ("weights are not this model's", found["unexpected_keys"]),
+        ("weights have another shape", [key for key, *_ in found["mismatched_keys"]])) if keys]
+    if wrong:
+        raise Refused(f"{name} does not hold the weights of the {type(model).__name__} that its "
+                      f"config.json describes: {'; '.join(wrong)}. Is it another kind of model, or "
+                      "half a download?")
+    bad = [key for key, weight in model.named_parameters() if not weight.isfinite().all()]
+    if bad:
+        raise Refused(f"{name}: {len(bad)} weights are NaN or infinite, such as {bad[0]}")
+    if {*tokenizer.get_vocab()} <= {*tokenizer.all_special_tokens}:  # made up where there is no file
+        raise Refused(f"{name} has no tokenizer; copy the files of the one it was trained with, "
+                      "such as tokenizer.json, into it")
+    rows, ids = model.get_input_embeddings().weight.shape[0], tokenizer.get_vocab().values()
+    if max(ids) >= rows:
+        raise Refused(f"{name}: its tokenizer goes up to token {max(ids)}, its embedding to "
+                      f"{rows - 1}; call resize_token_embeddings after adding tokens, and train them")
+    # a copy: a mapped file puts weights at another alignment, and products then round otherwise
+    return copy.deepcopy(model), tokenizer
+
+
+def refuse_files(directory: Path) -> None:
+    """Refused: files from which no model can be read, each with what to do."""
+    names = {path.name for path in directory.glob("*")}
+    for file in sorted(directory.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):  # reads the head, and compares it with the file's length
+                pass
+        except Exception as error:  # SafetensorError, which safetensors keeps to itself
+            raise Refused(f"{file} is damaged ({error}); delete it and get or make it again") from None
+    if "adapter_config.json" in names:
+        raise Refused(f"{directory} holds a PEFT adapter; merge it into its model first: "
+                      "AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload()"
+                      ".save_pretrained(NEW)")
+    if "config.json" not in names and names & {"policy", "model"}:
+        raise Refused(f"{directory} holds a run, not a model; did you mean "
+                      f"{directory / min(names & {'policy', 'model'})}?")
+    if not any(name.endswith(".safetensors") for name in names) and any(
+            name.endswith(".bin") for name in names):
+        raise Refused(f"{directory} has its weights in a .bin file, which may run code when it is "
+                      "read; convert it where you trust it: AutoModelForCausalLM.from_pretrained("
+                      "DIR).save_pretrained(NEW)")
 
 
 def require_on_hub(name: str) -> None:
@@ -413,7 +548,7 @@ class Scorer(Network):
         # the network is the policy's, the head is new
         model.base_model.load_state_dict(policy.model.base_model.state_dict())
         torch.nn.init.zeros_(model.score.weight)  # so all scores are 0 at first
-        return cls(model, policy.tokenizer, policy.micro_batch)
+        return cls(model, policy.tokenizer, policy.micro_batch, policy.batch_size)
 
     @in_parts
     def scores(self, prompts: Sequence[Ids], responses: Sequence[Ids]):
@@ -432,8 +567,8 @@ class Scorer(Network):
         return after.gather(1, mask.sum(1, keepdim=True)).squeeze(1)
 
     @torch.no_grad()
-    def predict(self, prompts: Sequence[Ids], responses: Sequence[Ids], batch_size: int = 128):
+    def predict(self, prompts: Sequence[Ids], responses: Sequence[Ids]) -> torch.Tensor:
         """(N,) final scores, batch by batch, on the CPU."""
-        return torch.cat([
-            self.final_scores(prompts[i:i + batch_size], responses[i:i + batch_size]).cpu()
-            for i in range(0, len(prompts), batch_size)])
+        n = self.batch_size
+        return torch.cat([self.final_scores(prompts[i:i + n], responses[i:i + n]).cpu()
+                          for i in range(0, len(prompts), n)])

@@ -15,6 +15,7 @@ pairs of responses, P(a beats b) = sigmoid(r(a) - r(b)). Training sees only the 
 """
 
 import argparse
+import math
 import random
 import re
 from collections.abc import Callable
@@ -90,12 +91,19 @@ def golden_reward(prompt: str, response: str) -> float:
 
 
 class Judge(NamedTuple):
-    """Who says how good responses are: called with prompts and responses, it gives rewards."""
+    """Who says how good responses are: called with prompts and responses, it gives their rewards.
+
+    FloatingPointError: a reward that is no finite number, of which no comparison would mean anything.
+    """
     name: str  # as --judge names it
     rewards: Callable[[list[str], list[str]], list[float]]
 
     def __call__(self, prompts: list[str], responses: list[str]) -> list[float]:
-        return self.rewards(prompts, responses)
+        rewards = self.rewards(prompts, responses)
+        for reward, response in zip(rewards, responses, strict=True):
+            if not math.isfinite(reward):
+                raise FloatingPointError(f"the judge {self.name} rewards {response!r:.60} by {reward}")
+        return rewards
 
 
 golden_judge = Judge("golden", lambda prompts, responses: [
@@ -148,6 +156,8 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=8, help="how many reviews to show")
     args = parser.parse_args(argv)
+    if not 1 <= args.rows <= 10**6:
+        parser.error(f"--rows must be from 1 to a million, got {args.rows}")
     reviews = sorted((golden_reward(*pair), *pair) for pair in sft_corpus(args.rows))
     for reward, prompt, response in reversed(reviews):
         print(f"{reward:+.0f}  {prompt}{response}")

@@ -9,11 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers import models as token_models
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
 
 import data
 import lm
-from models import ARCHITECTURES, TOLERANCE, random_model
+from models import ARCHITECTURES, TOLERANCE, letters, random_model
 
 law = pytest.mark.law
 EOS = 0
@@ -92,6 +98,68 @@ def test_negative_control_a_mask_from_token_ids_would_drop_the_eos(architecture,
     assert torch.allclose(lost, torch.where(mask & (from_ids == EOS), tokens, 0).sum(1))
 
 
+# ---- the self-check of a model from outside
+
+
+@law
+@each_architecture
+def test_the_self_check_takes_what_is_right(architecture, kind):
+    made(architecture, 11, seed=1, kind=kind).check()
+
+
+def without_the_mask(forward):
+    return lambda *args, attention_mask, **more: forward(
+        *args, attention_mask=torch.ones_like(attention_mask), **more)
+
+
+def with_other_positions_in_sampling(forward):
+    return lambda *args, position_ids, use_cache, **more: forward(
+        *args, position_ids=position_ids + use_cache, use_cache=use_cache, **more)
+
+
+def that_sees_what_follows(forward):
+    def full(ids, attention_mask, **more):
+        n = ids.shape[1]
+        mask = torch.zeros(1, 1, n, n, dtype=torch.float64) if n > 1 else attention_mask
+        return forward(ids, attention_mask=mask, **more)
+    return full
+
+
+@law
+@pytest.mark.parametrize("fault, why", [
+    (without_the_mask, "padding, other rows or later tokens move"), (that_sees_what_follows, "later tokens move"),
+    (with_other_positions_in_sampling, "the sampler draws from another")])
+def test_the_self_check_refuses(fault, why, monkeypatch):
+    policy = random_model("gpt2", 11, seed=1, kind=lm.LM)
+    policy.check()
+    monkeypatch.setattr(policy.model, "forward", fault(policy.model.forward))
+    with pytest.raises(lm.Refused, match=f"models of type gpt2 cannot be used here: .*{why}"):
+        policy.check()
+
+
+@law
+@pytest.mark.parametrize("architecture", ["mamba", "falcon_mamba"])
+def test_mamba_samples_from_what_it_scores(architecture, monkeypatch):
+    """Given the mask of all tokens so far, as other models are, its state fills with copies of the last."""
+    config = AutoConfig.for_model(architecture, vocab_size=11, hidden_size=16, num_hidden_layers=2, state_size=4,
+                                  initializer_range=0.4, bos_token_id=0, eos_token_id=0, pad_token_id=None)
+    torch.manual_seed(0)
+    policy = lm.LM(AutoModelForCausalLM.from_config(config), letters(11))
+    policy.check()
+    monkeypatch.setattr(policy.model.config, "model_type", "another")  # so it gets the whole mask
+    with pytest.raises(lm.Refused, match="the sampler draws from another distribution"):
+        policy.check()
+
+
+@pytest.mark.parametrize("architecture", ["bert", "rwkv"])
+def test_what_is_no_policy_is_refused(architecture):
+    """One sees later tokens; into the other's state goes padding."""
+    config = AutoConfig.for_model(architecture, vocab_size=11, hidden_size=16, num_hidden_layers=2, bos_token_id=0,
+                                  eos_token_id=0, num_attention_heads=2, intermediate_size=32)
+    with pytest.raises(lm.Refused, match=f"models of type {architecture} cannot be used here"):
+        lm.LM(AutoModelForCausalLM.from_config(config), letters(11)).check()
+
+
 # ---- sampling and KL
 
 
@@ -110,7 +178,7 @@ def test_greedy_sampling_with_a_cache_equals_scoring_without_one(architecture, k
 def test_samples_have_the_probabilities_that_scoring_gives_them(architecture, kind):
     """Frequencies of all 15 responses of at most 3 tokens, to a prompt that its batch-mates pad."""
     policy, n, responses = made(architecture, 3, seed=2, kind=kind), 2000, short_responses(3, 3)
-    rows = policy.sample([[1], [2, 1, 2, 2, 1, 1]] * n, 3, torch.Generator().manual_seed(0), batch_size=1000)
+    rows = policy.sample([[1], [2, 1, 2, 2, 1, 1]] * n, 3, torch.Generator().manual_seed(0))
     frequencies = torch.tensor([rows[::2].count(response) / n for response in responses])
     assert frequencies.sum().item() == pytest.approx(1), "every sample is one of the possible responses"
 
@@ -187,7 +255,8 @@ def test_scores_are_those_of_the_unpadded_text_up_to_each_token(saved, tmp_path)
             assert final[i].item() == pytest.approx(plain[-1], abs=1e-4)
             hidden = policy.model.base_model(torch.tensor([prompt + response])).last_hidden_state[0, -1]
             assert plain[-1] == pytest.approx(scorer.model.score(hidden).item(), abs=1e-4), "the policy's network"
-    assert torch.allclose(scorer.predict(prompts, responses, batch_size=3), final, atol=1e-4)
+    scorer.batch_size = 3
+    assert torch.allclose(scorer.predict(prompts, responses), final, atol=1e-4)
     assert mask.sum(1).tolist() == [len(response) for response in responses]
     assert abs(scores[2, -1] - final[2]) > 1e-2, "negative control: the last column is the score of padding"
 

@@ -228,7 +228,7 @@ def test_three_labels_are_no_reward(tmp_path, tokenizer):
 
 
 def test_a_directory_without_a_judge_is_a_sentence(tmp_path):
-    with pytest.raises(lm.Refused, match="holds neither a judge.json nor a sequence-classification model"):
+    with pytest.raises(lm.Refused, match="does not hold a judge.json or a sequence-classification model"):
         load_judge(str(tmp_path))
     with pytest.raises(lm.Refused, match="nowhere is neither golden, vader or none, nor a directory"):
         load_judge(str(tmp_path / "nowhere"))
