@@ -25,14 +25,16 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import filelock
 import torch
 
 import fast
 import lm
+import run
 import world
 from judges import load_judge
 from lm import LM, Encoded
-from run import UserError, read_rows, write_rows
+from run import UserError, is_task
 
 # The built-in model: large enough for the world's sentences, small enough for a laptop.
 TINY = dict(layers=2, width=64, heads=4, positions=64, seed=0)
@@ -62,6 +64,17 @@ class Start(NamedTuple):
     second: world.Judge | None  # measures, too, and labels nothing
     more: Callable | None = None  # (policy, rows of responses.jsonl) -> further metrics
 
+    def inputs(self) -> dict:
+        """What decides the run, by flag, as hashes and names: see run.prepare."""
+        weights = hashlib.sha256()
+        for tensor in self.ref.state_dict().values():
+            weights.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+        tokens = [[pair[:3] for pair in pairs] for pairs in (self.pairs, self.held_out)]
+        rows = json.dumps([tokens, self.prompts, self.held_out_prompts]).encode()
+        judges = [judge and fingerprint(judge.name) for judge in self[6:9]]
+        return {"--model": weights.hexdigest(), "--data": hashlib.sha256(rows).hexdigest(),
+                "--judge": judges}
+
 
 def start(args) -> Start:
     """All of it, from the arguments of a training command."""
@@ -88,23 +101,30 @@ def judges_of(args) -> tuple[world.Judge | None, world.Judge | None, world.Judge
     label = world.golden_judge if args.judge == "golden" else None
     if args.judge not in ("golden", "task", "reward"):
         label = judge_named(args.judge, args.device)
-    if args.data is None or not (Path(args.data) / "task.json").exists():
+    if not is_task(args.data):
         return label, world.golden_judge if args.data is None else label, None
-    outcome, second = (judge_named(name, args.device) for name in read_task(args.data))
+    outcome, second = (judge_named(name, args.device, f"{args.data}/task.json: judge")
+                       for name in read_task(args.data))
+    if outcome is None:
+        raise UserError(f"{args.data}/task.json: field 'label' is none, but pairs need a label")
     return outcome if args.judge == "task" else label, outcome, second
 
 
-def judge_named(name: str, device: str) -> world.Judge | None:
-    """What --judge names."""
-    with to_user(f"--judge {name}"):
+def judge_named(name: str, device: str, where: str = "--judge") -> world.Judge | None:
+    """What --judge, or a file, names."""
+    with to_user(f"{where} {name}"):
         return load_judge(name, device)
 
 
 def load_policy(args, path: str) -> LM:
     """The model in `path`, ready to be trained as the flags of the machine say."""
     kind = LM if args.plain else fast.FastLM  # the one place that chooses
-    with to_user(f"--model {args.model}"):
-        policy = kind.load(path, args.device, args.micro_batch)
+    made_here = "" if path == args.model else f", of which {path} is a copy made here (if it is " \
+        "damaged, delete it: it will be made again)"
+    with to_user(f"--model {args.model}{made_here}"):
+        policy = kind.load(path, args.device, args.micro_batch, args.batch_size)
+        if args.model != "tiny":
+            policy.check()
     as_is = not args.train_layers and not args.gradient_checkpointing
     return policy if as_is else fit_in_memory(policy, args)
 
@@ -125,16 +145,23 @@ def reference(args) -> str:
         print(f"{args.model} learns in the built-in world; for film reviews, see recipes/README.md")
     if not args.sft_steps:
         return args.model
-    texts = (read_strings(Path(args.data) / "sft.jsonl", "prompt", "response") if args.data
-             else world.sft_corpus())
-    directory = cached("sft", [SFT, args.sft_steps, args.train_layers, args.dtype, texts,
-                               fingerprint(args.model), torch.__version__])
-    if not directory.exists():
+    corpus = Path(args.data) / "sft.jsonl" if args.data else None
+    texts = read_strings(corpus, "prompt", "response") if corpus else world.sft_corpus()
+
+    def make(directory):
         policy = load_policy(args, args.model)
+        for line, (prompt, response) in enumerate(texts, 1):
+            n = len(policy.encode_prompt(prompt) + policy.encode_response(response, 10**9))
+            if n > policy.context_length:
+                raise UserError(f"{corpus or 'world.py'}: text {line} has {n} tokens, but the "
+                                f"context of --model {args.model} is {policy.context_length}")
         lm.sft(policy, texts, args.sft_steps, **SFT)
-        policy.save(directory)
+        with run.touching(directory, "HYPO_CACHE"):
+            policy.save(directory)
         print(f"pi_ref: {args.model} after {args.sft_steps} steps of SFT, kept in {directory}")
-    return str(directory)
+
+    return str(cached("sft", [SFT, args.sft_steps, args.train_layers, args.dtype, texts,
+                              fingerprint(args.model), torch.__version__], make))
 
 
 def tiny_directory(device: str = "cpu", **changes) -> Path:
@@ -142,48 +169,59 @@ def tiny_directory(device: str = "cpu", **changes) -> Path:
     torch.set_num_threads(1)  # too small to share: a second thread only makes it wait
     shape = {**TINY, **changes}
     language = Path(world.__file__).read_text(encoding="utf-8")  # another world, another model
-    directory = cached("tiny", [shape, TINY_SFT, language, torch.__version__])
-    if not directory.exists():
+
+    def make(directory):
         corpus = world.sft_corpus()
         policy = fast.FastLM.untrained([text for row in corpus for text in row], **shape).to(device)
         lm.sft(policy, corpus, **TINY_SFT)
-        policy.save(directory)
-    return directory
+        with run.touching(directory, "HYPO_CACHE"):
+            policy.save(directory)
+
+    return cached("tiny", [shape, TINY_SFT, language, torch.__version__], make)
 
 
-def cached(kind: str, settings) -> Path:
-    """Where something that these settings (JSON values) decide is kept; it may not be there yet."""
+def cached(kind: str, settings, make: Callable[[Path], None]) -> Path:
+    """Where something is kept that these settings (JSON values) decide; made if it is not there.
+
+    A second process that wants the same waits until the first has made it.
+    """
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     cache = Path(os.environ.get("HYPO_CACHE", Path(__file__).parent / ".cache"))
-    return cache / f"{kind}-{key}"
+    path = cache / f"{kind}-{key}"
+    if not os.path.exists(path):
+        with run.touching(cache, "HYPO_CACHE"):  # known before the minutes are spent
+            cache.mkdir(parents=True, exist_ok=True)
+            (cache / f"{path.name}.lock").touch()
+        with filelock.FileLock(cache / f"{path.name}.lock"):
+            if not path.exists():
+                make(path)
+    return path
 
 
 def fingerprint(name: str | None):
-    """A hub name as it is; of a directory, its files with their sizes and times of change."""
-    if name is None or not Path(name).is_dir():
+    """Of a directory, a hash of its files; any other name, such as a hub's, as it is."""
+    if name is None or not os.path.isdir(name):
         return name
-    files = [path for path in sorted(Path(name).resolve().rglob("*")) if path.is_file()]
-    return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    files = [path for path in sorted(Path(name).rglob("*")) if path.is_file()]
+    return [[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in files]
 
 
 # ---- preference pairs
 
 def preferences(args, ref: LM, judge) -> tuple[list[Encoded], list[str], list[Encoded], list[str]]:
     """(pairs, prompts) to train on and (pairs, prompts) held out: sampled, or from a file."""
-    if args.data is not None and not (Path(args.data) / "task.json").exists():  # it holds pairs
+    if args.data is not None and not is_task(args.data):  # it holds pairs
         train, held_out = split_file(args, ref)
         encoded = [add_ref_logps(ref, encode(ref, pairs, args.max_new_tokens))
                    for pairs in (train, held_out)]
         return encoded[0], prompts_of(train), encoded[1], prompts_of(held_out)
-    file = None if args.model == "tiny" else cached("pairs", [  # the tiny model's take a second
-        fingerprint(ref.source), fingerprint(args.data), args.pairs, args.seed, args.dtype,
-        args.device, args.max_new_tokens, args.eval_samples, args.plain, args.micro_batch])
-    prompts, held_out_prompts = read_prompts(args.data) if args.data else world.world_prompts()
-    if file and file.exists():
-        pairs = read_pairs(file)
-    else:
-        # labels of a task are without noise, as in the DPO paper's experiment on sentiment
-        sure, n_held_out = args.data is not None, 256 if args.model == "tiny" else args.eval_samples
+    prompts, held_out_prompts = (read_prompts(args.data, ref, args.max_new_tokens) if args.data
+                                 else world.world_prompts())
+    encode_prompt(ref, max(prompts, key=len), f"--data {args.data or 'world'}", args.max_new_tokens)
+    # labels of a task are without noise, as in the DPO paper's experiment on sentiment
+    sure, n_held_out = args.data is not None, 256 if args.model == "tiny" else args.eval_samples
+
+    def sampled() -> list[Encoded]:
         pairs = []
         for asked, n, seed in ((prompts, args.pairs, args.seed),
                                (held_out_prompts, n_held_out, args.seed + 10**6)):
@@ -191,9 +229,21 @@ def preferences(args, ref: LM, judge) -> tuple[list[Encoded], list[str], list[En
                 lambda prompts, seed: ref.respond(
                     prompts, args.max_new_tokens, torch.Generator(args.device).manual_seed(seed)),
                 asked, n, seed, judge, sure))
-    if file and not file.exists():
-        write_pairs(file, pairs)
+        return pairs
+
+    if args.model == "tiny":  # a second's work
+        pairs = sampled()
+    else:
+        file = cached("pairs", [
+            fingerprint(ref.source), fingerprint(args.data), fingerprint(args.judge), args.pairs,
+            args.seed, args.dtype, args.device, args.max_new_tokens, args.eval_samples, args.plain,
+            args.batch_size, args.micro_batch],  # log-probs are those of the same batches, to the bit
+            lambda file: write_pairs(file, sampled()))
         print(f"pairs: two samples of pi_ref to each of {args.pairs} prompts, labelled, in {file}")
+        pairs = read_pairs(file)
+        if len(pairs) != args.pairs + n_held_out:
+            raise UserError(f"{file} holds {len(pairs)} pairs, not {args.pairs} + {n_held_out}; "
+                            "delete it, and it will be made again")
     return pairs[:args.pairs], prompts, pairs[args.pairs:], held_out_prompts
 
 
@@ -226,41 +276,37 @@ def collect(respond: Callable, prompts: Sequence[str], n: int, seed: int, judge:
 
 
 @torch.no_grad()
-def add_ref_logps(ref: LM, pairs: Sequence[Encoded], batch_size: int = 64) -> list[Encoded]:
+def add_ref_logps(ref: LM, pairs: Sequence[Encoded]) -> list[Encoded]:
     """The pairs with log pi_ref of both responses, nats."""
     logps: list[tuple[float, float]] = []
-    for i in range(0, len(pairs), batch_size):
-        chosen, rejected = ref.pair_logps(pairs[i:i + batch_size])
+    for i in range(0, len(pairs), ref.batch_size):
+        chosen, rejected = ref.pair_logps(pairs[i:i + ref.batch_size])
         logps += zip(chosen.tolist(), rejected.tolist())
     return [pair._replace(ref_chosen=c, ref_rejected=r) for pair, (c, r) in zip(pairs, logps)]
 
 
 def write_pairs(path, pairs: Iterable[Encoded]) -> None:
     """Encoded pairs as JSONL."""
-    write_rows(path, [pair._asdict() for pair in pairs])
+    run.write_rows(path, [pair._asdict() for pair in pairs])
 
 
 def read_pairs(path) -> list[Encoded]:
     """What write_pairs wrote."""
-    return [Encoded(**row) for row in read_rows(path)]
+    try:
+        return [Encoded(**row) for row in run.read_rows(path)]
+    except (UserError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it, and it will be made "
+                        "again") from None
 
 
 def encode(policy: LM, pairs: Sequence[Pair], max_new_tokens: int) -> list[Encoded]:
     """Pairs of texts as token ids. UserError: file, line and field of what cannot be trained on."""
-    rows, room, tokenizer = [], policy.context_length - max_new_tokens, policy.tokenizer
+    rows = []
     for pair in pairs:
-        for field, text in zip(FIELDS, pair):
-            ids = tokenizer.encode(text, add_special_tokens=False)
-            # GPT-2's unknown word is its EOS, which may be written out in a text
-            if tokenizer.unk_token_id in ids and tokenizer.unk_token not in text:
-                raise UserError(f"{pair.where}: field '{field}': --model does not know every word; "
-                                f"it reads {tokenizer.decode(ids)!r:.60}; use a pretrained one")
-        prompt = policy.encode_prompt(pair.prompt)
+        prompt = encode_prompt(policy, pair.prompt, pair.where, max_new_tokens)
+        for field, text in zip(FIELDS[1:], pair[1:3]):
+            check_words(policy, text, f"{pair.where}: field '{field}'")
         chosen, rejected = (policy.encode_response(y, max_new_tokens) for y in pair[1:3])
-        if len(prompt) > room:
-            raise UserError(f"{pair.where}: field 'prompt' has {len(prompt)} tokens; the context "
-                            f"less --max-new-tokens {max_new_tokens} leaves room for {room}; "
-                            "shorten the prompt or lower --max-new-tokens")
         if chosen == rejected:
             raise UserError(f"{pair.where}: fields 'chosen' and 'rejected' are the same in their "
                             f"first {max_new_tokens} tokens; raise --max-new-tokens or drop it")
@@ -268,23 +314,46 @@ def encode(policy: LM, pairs: Sequence[Pair], max_new_tokens: int) -> list[Encod
     return rows
 
 
+def encode_prompt(policy: LM, text: str, where: str, max_new_tokens: int) -> lm.Ids:
+    """LM.encode_prompt of a text from a file: words that are known, and no more than there is room."""
+    check_words(policy, text, f"{where}: prompt")
+    ids, room = policy.encode_prompt(text), policy.context_length - max_new_tokens
+    if len(ids) > room:
+        raise UserError(f"{where}: the prompt {text!r:.40} has {len(ids)} tokens; the context of "
+                        f"{policy.context_length} less --max-new-tokens {max_new_tokens} leaves "
+                        f"room for {max(room, 0)}; shorten the prompt or lower --max-new-tokens")
+    return ids
+
+
+def check_words(policy: LM, text: str, where: str) -> None:
+    """UserError if the tokenizer does not know a word of the text."""
+    tokenizer = policy.tokenizer
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    # GPT-2's unknown word is its EOS, which may be written out in a text
+    if tokenizer.unk_token_id in ids and tokenizer.unk_token not in text:
+        raise UserError(f"{where}: --model does not know every word; it reads "
+                        f"{tokenizer.decode(ids)!r:.60}; use a pretrained one")
+
+
 # ---- files from outside: every check names the file, the line and the field
 
 def split_file(args, policy: LM) -> tuple[list[Pair], list[Pair]]:
     """(pairs to train on, held-out pairs) of a file, a hub data set, or a directory with both."""
     source = Path(args.data)
-    if source.is_dir():
-        return (read_jsonl(source / "pairs.jsonl", policy),
-                read_jsonl(source / "held_out_pairs.jsonl", policy))
-    pairs = read_jsonl(source, policy) if source.exists() else read_hub(args.data, policy)
+    if os.path.isdir(source):
+        train, held_out = (read_jsonl(source / f"{name}.jsonl", policy)
+                           for name in ("pairs", "held_out_pairs"))
+        refuse_shared([pair[:3] for pair in train], [pair[:3] for pair in held_out], source)
+        return train, held_out
+    pairs = read_jsonl(source, policy) if os.path.exists(source) else read_hub(args.data, policy)
     prompts = prompts_of(pairs)
     if len(prompts) < 2:
         raise UserError(f"{source}: {len(prompts)} prompts; at least 2 are needed, one to hold out, "
                         "or a directory with pairs.jsonl and held_out_pairs.jsonl")
     random.Random(args.seed).shuffle(prompts)
-    held_out = set(prompts[:max(1, len(prompts) // 10)])  # a tenth, with all their rows
-    return ([pair for pair in pairs if pair.prompt not in held_out],
-            [pair for pair in pairs if pair.prompt in held_out])
+    tenth = set(prompts[:max(1, len(prompts) // 10)])  # held out, with all their rows
+    return ([pair for pair in pairs if pair.prompt not in tenth],
+            [pair for pair in pairs if pair.prompt in tenth])
 
 
 def prompts_of(pairs: Iterable[Pair]) -> list[str]:
@@ -294,27 +363,13 @@ def prompts_of(pairs: Iterable[Pair]) -> list[str]:
 
 def read_objects(path) -> list[tuple[str, dict]]:
     """("file:line", object) of every line of a JSONL file."""
-    if not Path(path).exists():
-        raise UserError(f"{path} is missing; the head of data.py says what a directory holds")
-    lines = enumerate(Path(path).read_bytes().split(b"\n"), 1)
-    rows = [(f"{path}:{number}", line) for number, line in lines if line.strip()]
+    if not os.path.isfile(path):  # a pipe, say, would be waited for
+        raise UserError(f"--data: there is no file {path}; the head of data.py says what a "
+                        "directory holds")
+    rows = run.numbered_rows(path, "--data")
     if not rows:
         raise UserError(f"{path}: no rows; each line must be one JSON object")
-    return [(where, json_object(line, where)) for where, line in rows]
-
-
-def json_object(text: bytes, where: str) -> dict:
-    """The JSON object that the bytes are."""
-    try:
-        row = json.loads(text.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start}); save it "
-                        "as UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: expected a JSON object, got {row!r:.60}")
-    return row
+    return [(where, run.json_object(row, where)) for where, row in rows]
 
 
 def string(row: dict, field: str, where: str, may_be_empty: bool = False) -> str:
@@ -339,22 +394,31 @@ def read_strings(path, *fields: str) -> list[tuple]:
             for where, row in read_objects(path)]
 
 
-def read_prompts(directory) -> tuple[list[str], list[str]]:
+def read_prompts(directory, policy: LM, max_new_tokens: int) -> tuple[list[str], list[str]]:
     """(training prompts, held-out prompts) of a task directory; none may be in both."""
-    train, held_out = ([prompt for prompt, in read_strings(Path(directory) / name, "prompt")]
-                       for name in ("prompts.jsonl", "held_out_prompts.jsonl"))
+    prompts: list[list[str]] = []
+    for name in ("prompts.jsonl", "held_out_prompts.jsonl"):
+        rows = read_objects(Path(directory) / name)
+        prompts.append([string(row, "prompt", where) for where, row in rows])
+        for (where, _), prompt in zip(rows, prompts[-1]):
+            encode_prompt(policy, prompt, where, max_new_tokens)
+    refuse_shared(prompts[0], prompts[1], directory)
+    return prompts[0], prompts[1]
+
+
+def refuse_shared(train: Sequence, held_out: Sequence, directory) -> None:
+    """UserError if a row is trained on and held out."""
     shared = set(train) & set(held_out)
     if shared:
-        raise UserError(f"{directory}: {len(shared)} prompts are in prompts.jsonl and in "
-                        f"held_out_prompts.jsonl, for example {min(shared)!r:.60}; what is trained "
-                        "on cannot be held out")
-    return train, held_out
+        raise UserError(f"{directory}: {len(shared)} rows are among those to train on and among "
+                        f"those held out, for example {min(shared)!r:.60}; what is trained on "
+                        "cannot be held out")
 
 
 def read_task(directory) -> tuple[str, str]:
     """task.json: the judge that labels and measures ("label"), and the one that only measures."""
     folder, where = Path(directory), f"{directory}/task.json"
-    task = json_object((folder / "task.json").read_bytes(), where)
+    task = run.read_json(folder / "task.json", "--data")
     names = [string(task, role, where) for role in ("label", "second")]
     # a judge's directory may lie in the task's
     label, second = (str(folder / name) if (folder / name).is_dir() else name for name in names)

@@ -148,6 +148,18 @@ def train(policy, pairs_of, evaluate, args) -> None:
                  tokens=sum(len(pair.chosen) + len(pair.rejected) for pair in batch))
 
 
+def useless(args) -> dict[str, str]:
+    """Flags that would have no effect, and why."""
+    why: dict[str, str] = {}
+    if args.sampling != "iterative":
+        why["rounds"] = f"--sampling {args.sampling} has no rounds"
+    if args.loss != "ipo":
+        why["length_average"] = f"it is for --loss ipo, not for --loss {args.loss}"
+    if args.loss == "bo2":
+        why["beta"] = "--loss bo2 has no reference policy to stay near"
+    return why
+
+
 def main(argv=None, begin=data.start, source=None):
     """The command. begin: args -> data.Start; source: another source of pairs than SOURCES has."""
     parser, add = run.parser(__doc__)
@@ -156,22 +168,19 @@ def main(argv=None, begin=data.start, source=None):
         "collected once from pi_ref; online, two fresh samples for each prompt in every step, "
         "labelled by --judge; iterative, --pairs fresh pairs at the start of each round (default "
         "offline)")
-    add("--rounds", type=int, default=4, help="rounds of iterative training (default 4)")
+    add("--rounds", type=run.COUNT, default=4, help="rounds of iterative training (default 4)")
     add("--length-average", action="store_true", help="IPO on log-ratios divided by the length")
     args = run.parse(parser, argv, lambda args: (
-        args.loss if args.sampling == "offline" else f"{args.sampling} {args.loss}"))
-    if args.length_average and args.loss != "ipo":
-        parser.error(f"--length-average is an option of --loss ipo; --loss {args.loss} would "
-                     "ignore it")
+        args.loss if args.sampling == "offline" else f"{args.sampling} {args.loss}"), useless)
     if args.sampling != "offline" and args.judge == "none":
         parser.error(f"--sampling {args.sampling} needs --judge to label the policy's samples: "
                      "golden, vader, or a directory with a reward model")
-    if args.sampling == "iterative" and not 1 <= args.rounds <= args.steps:
+    if args.sampling == "iterative" and args.rounds > args.steps:
         parser.error(f"--rounds must be from 1 to --steps {args.steps}, got {args.rounds}")
 
-    with run.precision(args):
+    with run.working(args):
         start = begin(args)  # pi_ref, pairs, prompts, judges
-        run.prepare(args)
+        run.prepare(args, start.inputs())
         pairs_of = (source or SOURCES[args.sampling])(start, args)
         train(start.policy, pairs_of, Evaluator(start, args), args)
         finish(start, args)  # policy/, summary.json, curve.png

@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,10 @@ def wilson_interval(wins: float, n: int, z: float = 1.96) -> tuple[float, float]
 
 
 @torch.no_grad()
-def implicit_reward_metrics(policy: LM, pairs, batch_size: int = 64) -> dict:
+def implicit_reward_metrics(policy: LM, pairs) -> dict:
     """How the implicit reward, proportional to log pi / pi_ref, sees held-out labelled pairs."""
-    batches = [policy.logratios(pairs[i:i + batch_size]) for i in range(0, len(pairs), batch_size)]
+    n = policy.batch_size
+    batches = [policy.logratios(pairs[i:i + n]) for i in range(0, len(pairs), n)]
     chosen, rejected = (torch.cat(side) for side in zip(*batches))  # (N,), (N,)
     correct = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()  # 1/2 at step 0
     return {"accuracy": correct.mean().item(), "chosen_logratio": chosen.mean().item(),
@@ -83,7 +85,8 @@ class Evaluator:
             metrics["second_win_rate"], metrics["second_win_rate_ci"] = win_rate(second, ref)
             metrics["second_reward"] = sum(second) / n
         if start.held_out:  # whole batches, as pi_ref's log-probs were taken
-            metrics |= implicit_reward_metrics(policy, start.held_out[:-(-n // 64) * 64])
+            whole = -(-n // policy.batch_size) * policy.batch_size
+            metrics |= implicit_reward_metrics(policy, start.held_out[:whole])
         kl = policy.reverse_kl(start.ref, prompt_ids, responses)  # (n,) nats
         metrics |= {"reverse_kl": kl.mean().item(), "response_length": sum(map(len, responses)) / n}
         rows = [dict(prompt=x, response=y, ref_response=ref_y, reward=r, ref_reward=ref_r)
@@ -109,11 +112,12 @@ def finish(start, args) -> dict:
     summary |= measured | {"seconds": round(seconds, 1), "tokens_per_second": round(speed),
         "pi_ref": start.ref.source, "judge": start.outcome and start.outcome.name,
         "second_judge": start.second and start.second.name, "settings": run.settings(args)}
-    start.policy.save(args.out / "policy", model_card(
-        args, "A policy for research on preference fine-tuning. It goes on where the prompt ends, "
-        "and was measured on the prompts of its own task only.", measured))
+    with run.touching(args.out / "policy", "--out"):
+        start.policy.save(args.out / "policy", model_card(
+            args, "A policy for research on preference fine-tuning. It goes on where the prompt "
+            "ends, and was measured on the prompts of its own task only.", measured))
     plot_curve(args.out, summary, lines)
-    write_samples(args.out / "samples.md", run.read_rows(args.out / "responses.jsonl"))
+    write_samples(args.out / "samples.md", read_responses(args.out))
     run.write_text(args.out / "summary.json", json.dumps(summary, indent=1) + "\n")  # always last
     print(table([{"run": "pi_ref", **lines[0]}, {"run": args.algorithm, **lines[-1]}]))
     print(f"\n{seconds:.0f} s of training; see {args.out}/curve.png, {args.out}/samples.md and the "
@@ -136,16 +140,29 @@ def model_card(args, what: str, measured: dict) -> str:
 def read_metrics(directory) -> list[dict]:
     """The lines of a run's metrics.jsonl; line i is step i."""
     path = Path(directory) / "metrics.jsonl"
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError(f"{directory}: not a run, for it has no metrics.jsonl; name directories "
                         "that hypo.py, dpo.py or rlhf.py wrote, such as runs/hypo")
-    return run.read_rows(path)
+    lines = run.read_rows(path)
+    if not all(isinstance(row, dict) for row in lines) or not any("reverse_kl" in row for row in lines):
+        raise UserError(f"{path} holds no evaluation of a policy; name the run of one, such as "
+                        "runs/hypo or runs/ppo")
+    return lines
+
+
+def read_responses(directory) -> list[dict]:
+    """The rows of a run's responses.jsonl."""
+    path = Path(directory) / "responses.jsonl"
+    rows = run.read_rows(path)
+    if not rows or not all(isinstance(row, dict) and {"prompt", "reward"} <= row.keys() for row in rows):
+        raise UserError(f"{path} does not hold a run's responses; was it changed?")
+    return rows
 
 
 def read_summary(directory) -> dict:
     """summary.json of a finished run; {} while it is still going on."""
     path = Path(directory) / "summary.json"  # finish writes it last, when the run is complete
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return run.read_json(path) if path.exists() else {}
 
 
 def write_samples(path, rows: list[dict], n: int = 12) -> None:
@@ -205,6 +222,13 @@ def line(axis, xs, ys, color: str, label: str = "", **how) -> None:
                   textcoords="offset points", annotation_clip=False)
 
 
+def save(figure, path) -> None:
+    """The picture, in a folder that is made if need be."""
+    with run.touching(path, "--out"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=130)
+
+
 def plot_curve(out, summary: dict, lines: list[dict]) -> None:
     """curve.png of a run: win rate and KL against the step; with a learned reward, both rewards."""
     points = [row for row in lines if "reverse_kl" in row]  # the evaluations
@@ -229,7 +253,7 @@ def plot_curve(out, summary: dict, lines: list[dict]) -> None:
     note = "; band: 95 % of sampling, not of seeds" * judged
     figure.suptitle(f"{summary['algorithm']} on {Path(summary['model']).name}, beta "
                     f"{summary['beta']}, seed {summary['seed']}{note}", fontsize=10)
-    figure.savefig(Path(out) / "curve.png", dpi=130)
+    save(figure, Path(out) / "curve.png")
 
 
 def plot_goodhart(runs: dict[str, list[dict]], names: dict[str, str], path) -> None:
@@ -255,7 +279,7 @@ def plot_goodhart(runs: dict[str, list[dict]], names: dict[str, str], path) -> N
         axis.set(xmargin=0.15, xlim=(0, None))  # room for labels; KL 0, for which log has no place
         axis.sharey(axes[0])  # one quantity, one scale
     figure.suptitle("a line a run, a dot a checkpoint, the arrow points to the last", fontsize=10)
-    figure.savefig(path, dpi=130)
+    save(figure, path)
 
 
 # ---- the command
@@ -264,7 +288,7 @@ def against(directory, opponent) -> tuple[float, float, float]:
     """(win rate, its 95 % interval) of one run's responses over another's, as they were judged."""
     for path in (directory, opponent):
         read_metrics(path)  # says so if it is not a run
-    mine, theirs = (run.read_rows(Path(path) / "responses.jsonl") for path in (directory, opponent))
+    mine, theirs = read_responses(directory), read_responses(opponent)
     if [row["prompt"] for row in mine] != [row["prompt"] for row in theirs]:
         raise UserError(f"{directory} and {opponent} were evaluated on different prompts; give "
                         "both the same --data, --seed and --eval-samples")
@@ -279,20 +303,29 @@ def measured_again(directory, samples: int) -> dict:
     summary, directory = read_summary(directory), Path(directory)
     if not summary:
         raise UserError(f"--samples: {directory} is not finished, so there is no policy to measure")
+    settings = summary.get("settings")
+    lacks = {"judge", "second_judge", "pi_ref"} - summary.keys() or {
+        "device", "dtype", "seed", "steps", "max_new_tokens", "batch_size", "micro_batch"} - {
+        *(settings if isinstance(settings, dict) else ())}
+    if lacks:
+        raise UserError(f"--samples: {directory}/summary.json has no {min(lacks)}; was the run made "
+                        "by another version?")
     args = argparse.Namespace(
-        **{**summary["settings"], "eval_samples": samples, "out": directory / "again"})
+        **{**summary["settings"], "eval_samples": samples, "out": directory / "again", "resume": False})
+    if args.device != "cpu" and not torch.cuda.is_available():  # it was run on another machine
+        args.device, args.dtype = "cpu", "float32"
     names = [summary[role] or "none" for role in ("judge", "second_judge")]
     try:  # a reward model that rlhf.py trained lies in the run's own directory
         paths = [str(directory / name) if (directory / name).is_dir() else name for name in names]
         outcome, second = (load_judge(path, args.device) for path in paths)
-        ref = LM.load(summary["pi_ref"], args.device)
-        policy = LM.load(str(directory / "policy"), args.device)
+        ref, policy = (LM.load(path, args.device, args.micro_batch, args.batch_size)
+                       for path in (summary["pi_ref"], str(directory / "policy")))
     except Refused as error:
         raise UserError(f"--samples: {directory} cannot be measured again: {error}") from error
-    prompts = dict.fromkeys(row["prompt"] for row in run.read_rows(directory / "responses.jsonl"))
+    prompts = dict.fromkeys(row["prompt"] for row in read_responses(directory))
     start = argparse.Namespace(ref=ref, held_out_prompts=[*prompts], held_out=[], outcome=outcome,
                                second=second, more=None)  # each prompt once, in their order
-    with run.precision(args):
+    with run.working(args):
         measured = Evaluator(start, args)(policy)
     run.write_rows(args.out / "metrics.jsonl", [{"step": args.steps, **measured}])
     return measured
@@ -304,9 +337,14 @@ def main(argv=None):
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="directories that hypo.py, dpo.py or rlhf.py wrote")
     add("--against", metavar="RUN", help="also the win rate against this run's responses")
-    add("--samples", type=int, help="measure the saved policies again, on so many responses each")
+    add("--samples", type=run.COUNT, help="measure the saved policies again, on so many responses each")
     add("--out", default="goodhart.png", help="the picture (default goodhart.png)")
     args = parser.parse_args(argv)
+    form, forms = Path(args.out).suffix[1:], panels([""], "")[0].canvas.get_supported_filetypes()
+    if form not in forms:
+        parser.error(f"--out {args.out}: the picture's name must end in .png, .pdf or .svg")
+    if args.against and {args.against} == {*args.runs}:
+        parser.error(f"--against {args.against} is the only run that is given")
     runs = {directory: read_metrics(directory) for directory in args.runs}
     if args.samples:
         more = {path: measured_again(path, args.samples) for path in {*runs, args.against} if path}

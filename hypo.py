@@ -105,19 +105,14 @@ def train(policy, ref, pairs, evaluate, args) -> None:
 def main(argv=None, begin=data.start):
     """The command. begin: args -> data.Start; the studies begin with pairs of their own."""
     parser, add = run.parser(__doc__)
-    add("--lam", type=float, default=0.004, help="lambda, the weight of the reverse KL on online "
+    add("--lam", type=run.NUMBER, default=0.004, help="lambda, the weight of the reverse KL on online "
         "samples; 0 is DPO (default 0.004)")
-    add("--k", type=int, default=2, help="online samples a prompt; 1 is Algorithm 1 as printed, more "
+    add("--k", type=run.COUNT, default=2, help="online samples a prompt; 1 is Algorithm 1 as printed, more "
         "subtract the leave-one-out mean (default 2)")
     args = run.parse(parser, argv, lambda args: "hypo")
-    if args.lam < 0:
-        parser.error(f"--lam must not be negative, got {args.lam}")
-    if args.k < 1:
-        parser.error(f"--k must be at least 1, got {args.k}")
-
-    with run.precision(args):
+    with run.working(args):
         start = begin(args)  # pi_ref, pairs, prompts, judges
-        run.prepare(args)
+        run.prepare(args, start.inputs())
         train(start.policy, start.ref, start.pairs, Evaluator(start, args), args)
         finish(start, args)  # policy/, summary.json, curve.png
 

@@ -145,14 +145,15 @@ def reward_evaluator(start, args):
         rewards = scorer.predict(prompts, responses)  # (2 N,)
         gap = torch.sub(*rewards.chunk(2))  # (N,) chosen minus rejected
         correct = (gap > 0).float() + 0.5 * (gap == 0).float()
-        metrics = {"reward_accuracy": correct.mean().item(),
+        metrics: dict = {"reward_accuracy": correct.mean().item(),
                    "reward_loss": F.softplus(-gap).mean().item(),
                    "calibration_error": calibration_error(gap)}
         if truth is not None:
             true_gap = torch.sub(*truth.chunk(2)).abs()
             for name, low, high in (("small", 0, 1), ("medium", 1, 3), ("large", 3, math.inf)):
                 among = (true_gap > low) & (true_gap <= high)
-                metrics[f"reward_accuracy_{name}_gap"] = correct[among].mean().item()
+                metrics[f"reward_accuracy_{name}_gap"] = (
+                    correct[among].mean().item() if among.any() else None)
             together = torch.corrcoef(torch.stack([rewards, truth]))[0, 1].item()
             metrics["golden_correlation"] = together if rewards.std() > 0 else 0.0
         return metrics
@@ -173,16 +174,13 @@ def reward_model(start, args, earlier):
     """Stage 1: the judge in args.out/reward/model, trained now; with --stage ppo, the one there."""
     directory = args.out / "reward" / "model"
     if args.stage == "ppo":
-        if earlier and (earlier / "reward").is_dir():  # run.prepare has moved it there
+        if earlier:  # run.prepare has moved it there
             shutil.copytree(earlier / "reward", args.out / "reward")
-        if not directory.is_dir():
-            raise run.UserError(f"--stage ppo: there is no reward model in {directory}; run "
-                                "--stage reward with this --out first, or name another judge")
         return data.judge_named(str(directory), args.device)
     steps = max(1, math.ceil(args.reward_epochs * len(start.pairs) / args.batch_size))
     reward_args = argparse.Namespace(**{**vars(args), "out": args.out / "reward", "steps": steps,
                                         "lr": 2 * args.lr, "algorithm": "reward"})
-    run.prepare(reward_args)
+    run.prepare(reward_args, start.inputs())
     with data.to_user("--stage reward"):
         scorer = data.fit_in_memory(Scorer.of(start.ref), args)
     evaluate = reward_evaluator(start, args)
@@ -199,7 +197,8 @@ def reward_model(start, args, earlier):
     scorer.save(directory, model_card(
         reward_args, "A reward model. The reward is the score after prompt + response + EOS, read "
         "at that EOS, less `reward_center` of config.json: pi_ref's mean.", measured))
-    print("reward model, held out: " + ", ".join(f"{k} {v:.3f}" for k, v in measured.items()))
+    print("reward model, held out: " + ", ".join(
+        f"{name} {x:.3f}" for name, x in measured.items() if x is not None))
     return data.judge_named(str(directory), args.device)
 
 
@@ -309,31 +308,66 @@ def add_flags(add) -> None:
     """The flags of rlhf.py beside the common ones."""
     add("--stage", choices=["both", "reward", "ppo"], default="both", help="train the reward "
         "model, or the policy on the reward model in --out, or one after the other (default both)")
-    add("--reward-epochs", type=float, default=8, help="passes of the reward model over the pairs, "
-        "at twice --lr (default 8)")
-    add("--reward-clip", type=float, help="R': keep the learned reward within +-R', so that the "
+    add("--reward-epochs", type=run.number(float, 0, 10**5, above=True), default=8, help="passes of "
+        "the reward model over the pairs, at twice --lr (default 8)")
+    add("--reward-clip", type=run.POSITIVE, help="R': keep the learned reward within +-R', so that the "
         "optimum's KL is at most 2R'/beta (default: not clipped)")
-    add("--eos-penalty", type=float, default=1.0, help="off the reward without EOS (default 1)")
-    add("--epochs", type=int, default=2, help="PPO's passes over a step's responses (default 2)")
-    add("--minibatches", type=int, default=1, help="minibatches in a pass (default 1)")
+    add("--eos-penalty", type=run.NUMBER, default=1.0, help="off the reward without EOS (default 1)")
+    add("--epochs", type=run.COUNT, default=2, help="PPO's passes over a step's responses (default 2)")
+    add("--minibatches", type=run.COUNT, default=1, help="minibatches in a pass (default 1)")
     add("--rloo", action="store_true", help="REINFORCE, the baseline the prompt's other samples")
-    add("--k", type=int, default=4, help="samples a prompt with --rloo (default 4)")
+    add("--k", type=run.COUNT, default=4, help="samples a prompt with --rloo (default 4)")
+
+
+def useless(args) -> dict[str, str]:
+    """Flags that would have no effect, and why."""
+    why: dict[str, str] = {}
+    if args.rloo:
+        why |= dict.fromkeys(["epochs", "minibatches"], "--rloo takes one update from its samples")
+    else:
+        why["k"] = "it is for --rloo; PPO takes one sample a prompt"
+    if args.judge != "reward":
+        why |= dict.fromkeys(["stage", "reward_epochs", "reward_clip"],
+                             f"--judge {args.judge} takes the reward model's place")
+    elif args.stage == "ppo":
+        why |= dict.fromkeys(["reward_epochs", "reward_clip"], "the reward model is there already")
+    elif args.stage == "reward":
+        why |= dict.fromkeys(["steps", "beta", "rloo", "k", "epochs", "minibatches", "eos_penalty"],
+                             "--stage reward trains no policy")
+    return why
+
+
+def refuse_early(start, args) -> None:
+    """What would be found only when an earlier run has been moved aside, or after stage 1."""
+    if args.judge == "reward" or not args.rloo:
+        with data.to_user(f"--model {args.model}"):
+            Scorer.of(start.ref)  # reward model and value function are made so
+    directory = args.out / "reward" / "model"
+    if args.stage == "ppo" and not directory.is_dir():
+        raise run.UserError(f"--stage ppo: there is no reward model in {directory}; run --stage "
+                            "reward with this --out first, or name another --judge")
+    if args.stage == "ppo":
+        data.judge_named(str(directory), args.device, "--stage ppo:")
 
 
 def main(argv=None, begin=data.start):
     """The command. begin: args -> data.Start; the studies begin with pairs of their own."""
-    parser, add = run.parser(__doc__)
+    parser, add = run.parser(__doc__, beta=run.NUMBER)
     add_flags(add)
     parser.set_defaults(judge="reward", steps=120, eval_every=20)
-    args = run.parse(parser, argv, lambda args: "rloo" if args.rloo else "ppo", ("beta",))
-    if args.beta < 0:
-        parser.error(f"--beta must not be negative, got {args.beta}")
+    args = run.parse(parser, argv, lambda args: "rloo" if args.rloo else "ppo", useless)
     if args.rloo and args.k < 2:
         parser.error(f"--rloo needs --k of at least 2, got {args.k}")
+    if args.minibatches > args.batch_size:
+        parser.error(f"--minibatches {args.minibatches} is more than --batch-size "
+                     f"{args.batch_size}: some would be empty")
+    if args.judge == "none":
+        parser.error("--judge none rewards nothing; leave --judge out, or name a judge")
 
-    with run.precision(args):
+    with run.working(args):
         start = begin(args)  # pi_ref, pairs, prompts, judges
-        earlier = run.prepare(args)
+        refuse_early(start, args)
+        earlier = run.prepare(args, start.inputs())
         judge = start.label
         if args.judge == "reward":  # its name, in summary.json, is relative to --out
             judge = reward_model(start, args, earlier)._replace(name="reward/model")

@@ -9,21 +9,32 @@ of an uninterrupted one.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
+import io
+import itertools
 import json
+import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import filelock
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 REVIEWS = Path("runs/reviews")  # the task of a pretrained model, if it is there
 SHOWN = {"loss": "loss {:.3f}", "win_rate": "win {:.2f}", "reverse_kl": "KL {:.1f} nats",
          "reward_accuracy": "accuracy {:.2f}"}  # by the progress bar: the last ones measured
+
+
+at = ""  # the step that runs, for the sentence about a number that went wrong in it
 
 
 class UserError(Exception):
@@ -36,28 +47,63 @@ class UserError(Exception):
 
 def start(main: Callable,
           again="the same command with --resume goes on from the last checkpoint") -> None:
-    """Run a command, print a UserError as a sentence, end quietly on Ctrl-C."""
+    """Run a command, print what the user can mend as a sentence, end quietly on Ctrl-C."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w", encoding="utf-8")
+                              for stream in (sys.stdout, sys.stderr))  # one may be closed
+    for stream in (sys.stdout, sys.stderr):  # a terminal without Unicode must not end a run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         sys.exit(f"error: {error}")
+    except FloatingPointError as error:  # a reward or a logit that is NaN or infinite
+        sys.exit(f"error: {at}{error}")
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or re.search("(out of|allocate) memory", str(error))):
+            raise
+        sys.exit(f"error: out of memory ({error!s:.80}); --micro-batch 4 (or 2, 1) gives the same "
+                 f"gradient with less memory, --gradient-checkpointing saves more; {again}")
+    except BrokenPipeError:  # who reads this command's output, such as head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         sys.exit(f"\ninterrupted; {again}")
 
 
 # ---- arguments
 
-def parser(doc: str | None):
+def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable:
+    """An argparse type: a finite number of that kind in [low, high]; above: in (low, high]."""
+    def read(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value if above else low <= value) or value > high or math.isinf(value):
+            sort = "a whole number" if kind is int else "a finite number"
+            raise argparse.ArgumentTypeError(
+                f"must be {sort} {'above' if above else 'of at least'} {low}"
+                + (f" and at most {high:.0f}" if high < math.inf else "") + f", got {text:.40}")
+        return value
+    return read
+
+
+COUNT = number(int, 1, 10**7)
+NUMBER, POSITIVE = number(float, 0), number(float, 0, above=True)
+
+
+def parser(doc: str | None, beta: Callable = POSITIVE):
     """(argument parser with the flags of all training commands, what adds an algorithm's)."""
     p = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     of_algorithm = add = p.add_argument_group("the algorithm").add_argument
-    add("--steps", type=int, default=400, help="optimizer steps (default 400; rlhf.py 120)")
-    add("--batch-size", type=int, help="preference pairs in a step (default 64 for tiny, else 16)")
-    add("--lr", type=float, help="learning rate of AdamW, constant (default 5e-4 for tiny, else "
+    add("--steps", type=COUNT, default=400, help="optimizer steps (default 400; rlhf.py 120)")
+    add("--batch-size", type=COUNT, help="preference pairs in a step (default 64 for tiny, else 16)")
+    add("--lr", type=POSITIVE, help="learning rate of AdamW, constant (default 5e-4 for tiny, else "
         "2e-5; with --train-layers try 1e-4)")
-    add("--beta", type=float, default=0.1, help="the larger, the closer to pi_ref (default 0.1)")
-    add("--max-grad-norm", type=float, default=1.0, help="clip the gradient's norm (default 1)")
+    add("--beta", type=beta, default=0.1, help="the larger, the closer to pi_ref (default 0.1)")
+    add("--max-grad-norm", type=POSITIVE, default=1.0, help="clip the gradient's norm (default 1)")
 
     add = p.add_argument_group("the data").add_argument
     add("--model", default="tiny", help="the language model to start from: tiny (built in, made on "
@@ -65,14 +111,15 @@ def parser(doc: str | None):
     add("--data", help="what to learn: world (built in), a directory with prompts, or preference "
         "pairs from a JSONL file or a hub data set; data.py says more (default world; for a "
         f"pretrained model {REVIEWS}, if it is there)")
-    add("--pairs", type=int, help="preference pairs to sample from pi_ref, where --data holds none "
-        "(default 400 for tiny, else 1000)")
+    add("--pairs", type=COUNT, help="preference pairs to sample from pi_ref, where --data holds "
+        "none (default 400 for tiny, else 1000)")
     add("--judge", help="who judges responses: golden, vader, a directory, task (the one that "
         "--data names) or none; judges.py says more (default task, golden in the world, none for "
         "pairs from a file; rlhf.py trains its own)")
-    add("--sft-steps", type=int, help="steps of fine-tuning on the texts of --data that make a "
-        "pretrained model pi_ref, done once and kept (default 200; 0 for the policy of a run)")
-    add("--max-new-tokens", type=int, default=24, help="longest response, in tokens (default 24)")
+    add("--sft-steps", type=number(int, 0, 10**7), help="steps of fine-tuning on the texts of --data "
+        "that make a pretrained model pi_ref, done once and kept (default 200; 0 for the policy of "
+        "a run)")
+    add("--max-new-tokens", type=COUNT, default=24, help="longest response, in tokens (default 24)")
     add_run_flags(p)
     return p, of_algorithm
 
@@ -80,10 +127,11 @@ def parser(doc: str | None):
 def add_run_flags(p: argparse.ArgumentParser) -> None:
     """The flags that say how a run is watched and where it runs."""
     add = p.add_argument_group("the run").add_argument
-    add("--seed", type=int, default=0, help="decides everything random (default 0)")
-    add("--eval-every", type=int, default=50, help="evaluate and checkpoint every this many steps "
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="decides everything random "
+        "(default 0)")
+    add("--eval-every", type=COUNT, default=50, help="evaluate and checkpoint every this many steps "
         "(default 50; rlhf.py 20)")
-    add("--eval-samples", type=int, help="responses to evaluate (default 512 for tiny, else 64)")
+    add("--eval-samples", type=COUNT, help="responses to evaluate (default 512 for tiny, else 64)")
     add("--out", type=Path, help="the run's directory (default runs/ and the algorithm's name)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out, exactly")
 
@@ -91,10 +139,10 @@ def add_run_flags(p: argparse.ArgumentParser) -> None:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--dtype", choices=["float32", "bfloat16"], help="what the forward pass computes in; "
-        "weights stay float32 (default bfloat16 for a pretrained model on a GPU)")
-    add("--train-layers", type=int, metavar="N", help="train only the last N layers: less memory "
+        "weights stay float32 (default bfloat16 for a pretrained model on a GPU that has it)")
+    add("--train-layers", type=COUNT, metavar="N", help="train only the last N layers: less memory "
         "and time, for CPUs (default: all)")
-    add("--micro-batch", type=int, metavar="N", help="responses in a forward and backward pass; "
+    add("--micro-batch", type=COUNT, metavar="N", help="responses in a forward and backward pass; "
         "the gradient is the whole batch's, for less memory and a forward pass more (default: all)")
     add("--gradient-checkpointing", action="store_true", help="keep only each layer's input for "
         "the backward pass and compute the rest again: less memory, a forward pass more")
@@ -102,40 +150,75 @@ def add_run_flags(p: argparse.ArgumentParser) -> None:
         "slower, the same results to rounding")
 
 
-def parse(p: argparse.ArgumentParser, argv, algorithm: Callable, may_be_zero: tuple = ()):
-    """Checked arguments, every default filled in. algorithm: function args -> the run's name."""
+def is_task(data: str | None) -> bool:
+    """Whether --data names a directory with prompts; else it names preference pairs."""
+    return data is not None and os.path.isfile(os.path.join(data, "task.json"))
+
+
+def parse(p: argparse.ArgumentParser, argv, algorithm: Callable, useless: Callable | None = None):
+    """Checked arguments, every default filled in. algorithm: function args -> the run's name.
+
+    useless: function args -> {flag: why it would have no effect}; a flag that is given is refused.
+    """
     args = p.parse_args(argv)
     tiny = args.model == "tiny"
-    if args.data is None and not tiny and (REVIEWS / "task.json").exists():
+    if args.data is None and not tiny and is_task(str(REVIEWS)):
         args.data = str(REVIEWS)
     args.data = None if args.data == "world" else args.data
-    has_prompts = args.data is None or (Path(args.data) / "task.json").exists()  # or it holds pairs
-    of_a_run = (Path(args.model).parent / "summary.json").exists()  # it has been fine-tuned already
+    has_prompts = args.data is None or is_task(args.data)  # or it holds pairs
+    unused = useless(args) if useless else {}
+    if tiny:
+        unused["sft_steps"] = "tiny has learned its texts"
+    if not has_prompts:
+        unused["pairs"] = f"--data {args.data} holds the pairs"
+        unused["sft_steps"] = f"--data {args.data} has no texts to fine-tune a model on"
+    # argparse leaves what a namespace holds already, so None stays where no flag was given
+    given = p.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args))))
+    for name, why in unused.items():
+        if getattr(given, name):
+            p.error(f"--{name.replace('_', '-')} would have no effect: {why}")
+    try:
+        torch.zeros(1, device=args.device).item()
+    except Exception as error:  # each backend has its own ways to say that it is not there
+        p.error(f"--device {args.device} cannot be used here ({str(error).partition(chr(10))[0]:.99}"
+                "); give --device cpu, or cuda on a machine with a GPU")
+    fill_in(args, has_prompts)
+    if args.dtype == "bfloat16" and not has_bfloat16(args.device):
+        print(f"--dtype float32: {args.device} has no bfloat16 of its own and would be far slower")
+        args.dtype = "float32"
+    if args.judge == "task" and (args.data is None or not has_prompts):
+        p.error("--judge task is the judge that a --data directory names in its task.json; here "
+                "there is none")
+    if args.judge == "reward" and p.get_default("judge") != "reward":
+        p.error("--judge reward is what rlhf.py trains; name the directory of one that it has "
+                "trained, such as runs/ppo/reward/model")
+    args.algorithm = algorithm(args)
+    args.out = args.out or Path("runs") / args.algorithm.replace(" ", "-")
+    return args
+
+
+def fill_in(args, has_prompts: bool) -> None:
+    """The defaults that depend on other flags."""
+    tiny = args.model == "tiny"
+    of_a_run = os.path.exists(Path(args.model).parent / "summary.json")  # already fine-tuned
     defaults = dict(
         pairs=400 if tiny else 1000, batch_size=64 if tiny else 16, lr=5e-4 if tiny else 2e-5,
         eval_samples=512 if tiny else 64,
         sft_steps=200 if has_prompts and not tiny and not of_a_run else 0,
-        dtype="bfloat16" if args.device.startswith("cuda") and not tiny else "float32",
+        dtype="bfloat16" if not tiny and args.device.startswith("cuda") and has_bfloat16(args.device)
+        else "float32",
         judge="golden" if args.data is None else "task" if has_prompts else "none")
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name in ("pairs", "steps", "batch_size", "lr", "beta", "max_grad_norm", "max_new_tokens",
-                 "eval_every", "eval_samples", "train_layers", "micro_batch"):
-        value = getattr(args, name)
-        if value is not None and value <= 0 and name not in may_be_zero:
-            p.error(f"--{name.replace('_', '-')} must be positive, got {value}")
-    if args.sft_steps < 0:
-        p.error(f"--sft-steps must not be negative, got {args.sft_steps}")
-    if args.sft_steps and (tiny or not has_prompts):
-        p.error("--sft-steps fine-tunes a pretrained model on the texts of the task; " + (
-            "tiny has learned its texts" if tiny else f"--data {args.data} has none"))
-    if args.judge == "task" and (args.data is None or not has_prompts):
-        p.error("--judge task is the judge that a --data directory names in its task.json; here "
-                "there is none")
-    args.algorithm = algorithm(args)
-    args.out = args.out or Path("runs") / args.algorithm.replace(" ", "-")
-    return args
+
+
+def has_bfloat16(device: str) -> bool:
+    """Whether the device multiplies in bfloat16; one that only emulates it takes many times longer."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities()
+    return any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last: ARM
 
 
 def precision(args):
@@ -146,39 +229,152 @@ def precision(args):
 
 # ---- files
 
-def write_text(path, text: str) -> None:
-    """Written beside and renamed: a reader sees the old file or the new one, never half of one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+@contextlib.contextmanager
+def touching(path, flag: str = ""):
+    """Around the use of a path: the file system's error becomes a sentence with path and flag."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"{flag} {path}: {why}".strip()) from None
+
+
+@contextlib.contextmanager
+def replacing(path: Path, flag: str = "--out"):
+    """Where to write a file that takes the path's place once it is complete, or not at all."""
     beside = path.with_name(path.name + ".tmp")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    try:
+        with touching(path, flag):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield beside
+            os.replace(beside, path)
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
-def write_rows(path, rows) -> None:
+def write_text(path, text: str, flag: str = "--out") -> None:
+    """A reader sees the old file or the new one, never half of one."""
+    with replacing(Path(path), flag) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def write_rows(path, rows, flag: str = "--out") -> None:
     """JSONL: one JSON value a line."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), flag)
 
 
-def read_rows(path) -> list:
-    """What write_rows wrote."""
-    with open(path, encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+def read_rows(path) -> list[dict]:
+    """What write_rows wrote, of JSON objects."""
+    return [json_object(row, where) for where, row in numbered_rows(path)]
 
 
-def prepare(args) -> Path | None:
-    """Make --out ready. An earlier run that is not resumed is moved aside; returns where it is."""
-    earlier = None
-    if not args.resume and (args.out / "metrics.jsonl").exists():
-        n = 1
-        while args.out.with_name(f"{args.out.name}.{n}").exists():
-            n += 1
-        earlier = args.out.with_name(f"{args.out.name}.{n}")
-        os.replace(args.out, earlier)
-        print(f"the earlier run in {args.out} is now {earlier} (to go on with it: --out {earlier} "
-              "--resume)")
-    args.out.mkdir(parents=True, exist_ok=True)
-    return earlier
+def numbered_rows(path, flag: str = "") -> list[tuple[str, Any]]:
+    """("file:line", value) of every line of a JSONL file."""
+    with touching(path, flag):
+        lines = enumerate(Path(path).read_bytes().split(b"\n"), 1)
+    rows = [(f"{path}:{number}", line) for number, line in lines if line.strip()]
+    return [(where, json_value(line, where)) for where, line in rows]
+
+
+def read_json(path, flag: str = "") -> dict:
+    """The JSON object in a file."""
+    with touching(path, flag):
+        text = Path(path).read_bytes()
+    return json_object(json_value(text, str(path)), str(path))
+
+
+def json_object(value, where: str) -> dict:
+    """The value, which must be a JSON object."""
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected a JSON object, got {value!r:.60}")
+    return value
+
+
+def json_value(text: bytes, where: str):
+    """The JSON value that the bytes are. where: the file and line, for the sentence."""
+    try:
+        return json.loads(text.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start}); save it "
+                        "as UTF-8") from None
+    except (ValueError, RecursionError) as error:  # the second: lists in lists in lists
+        raise UserError(f"{where}: not valid JSON ({error!s:.100})") from None
+
+
+# ---- the run's directory
+
+# all that runs and studies leave in --out: a regular expression of names
+LEFT = (r"(metrics|responses|stream|round-\d+)\.jsonl|(inputs|summary|job|baseline)\.json|log\.txt|"
+        r"samples\.md|curve\.png|checkpoint\.pt|policy|again|reward(\.\d+)?|.*\.tmp|\.lock|\.DS_Store")
+
+
+@contextlib.contextmanager
+def working(args):
+    """What a run works in: its precision, and --out, which belongs to this process alone."""
+    out, lock = args.out, filelock.FileLock(args.out / ".lock", timeout=0)
+    with touching(out, "--out"):
+        out.mkdir(parents=True, exist_ok=True)
+        for path in out.iterdir():
+            if not re.fullmatch(LEFT, path.name):
+                raise UserError(f"--out {out} holds {path.name}, which no run has written; a run "
+                                "could replace it, so name another directory")
+        (out / ".lock").touch()
+    try:
+        lock.acquire()  # the system lets go of it when this process dies
+    except filelock.Timeout:
+        raise UserError(f"--out {out}: another process is writing there; wait for it, or name "
+                        "another directory") from None
+    try:
+        if args.resume and (out / "checkpoint.pt").exists():
+            refuse_other_settings(args)
+        with precision(args):
+            yield
+    finally:
+        (out / ".lock").unlink(missing_ok=True)
+        lock.release()
+        with contextlib.suppress(OSError):
+            out.rmdir()  # if nothing came of it
+
+
+def refuse_other_settings(args) -> None:
+    """--resume: the settings of inputs.json must be given again, but for how a result is computed."""
+    then, now = read_json(args.out / "inputs.json").get("settings") or {}, settings(args)
+    for side in (then, now):
+        side.update(micro_batch=None, gradient_checkpointing=None,
+                    device=side.get("device", "").partition(":")[0])
+    differ = [f"--{key.replace('_', '-')} {then.get(key)} (now {now.get(key)})"
+              for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
+    if differ:
+        raise UserError(f"--resume: {args.out} was run with other settings: {', '.join(differ)}; "
+                        "give those again, or start afresh with another --out")
+
+
+def prepare(args, inputs: dict) -> Path | None:
+    """Make --out ready for a run that has all it needs; returns where an earlier run is now.
+
+    inputs: hashes of what the run starts from, by flag. --resume refuses others.
+    """
+    out, aside = args.out, None
+    if args.resume and (out / "checkpoint.pt").exists():
+        then = read_json(out / "inputs.json")
+        changed = [flag for flag in inputs if inputs[flag] != then.get(flag)]
+        if changed:
+            raise UserError(f"--resume: what {' and '.join(changed)} names has changed since {out} "
+                            "was begun; give it as it was, or start afresh with another --out")
+    elif args.resume and (out / "policy").exists():
+        raise UserError(f"--resume: {out} holds a policy, but no checkpoint.pt to go on from; "
+                        "start afresh with another --out")
+    elif not args.resume and {path.name for path in out.glob("[!.]*")} - {"reward"}:
+        numbered = (out.with_name(f"{out.name}.{n}") for n in itertools.count(1))
+        aside = next(path for path in numbered if not path.exists())
+        with touching(aside, "--out"):
+            aside.mkdir()
+            for path in out.glob("[!.]*"):  # the lock stays
+                os.replace(path, aside / path.name)
+        print(f"the earlier run in {out} is now {aside} (to go on with it: --out {aside} --resume)")
+    write_text(out / "inputs.json", json.dumps({**inputs, "settings": settings(args)}, indent=1))
+    return aside
 
 
 def settings(args) -> dict:
@@ -188,13 +384,13 @@ def settings(args) -> dict:
 
 def save_checkpoint(args, step: int, trained, optimizer, seconds: float) -> None:
     """checkpoint.pt: everything that the next step depends on, replaced in one atomic rename."""
-    beside = args.out / "checkpoint.pt.tmp"
-    with open(beside, "wb") as file:
-        torch.save({"settings": json.dumps(settings(args)), "step": step, "seconds": seconds,
-                    "trained": trained.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    state = {"step": step, "seconds": seconds, "trained": trained.state_dict(),
+             # after the last step nothing needs the optimizer's
+             "optimizer": optimizer.state_dict() if step < args.steps else None}
+    with replacing(args.out / "checkpoint.pt") as beside, open(beside, "wb") as file:
+        torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(beside, args.out / "checkpoint.pt")
 
 
 def load_checkpoint(args, trained, optimizer) -> tuple[int, float]:
@@ -203,21 +399,21 @@ def load_checkpoint(args, trained, optimizer) -> tuple[int, float]:
     if not path.exists():
         print(f"nothing to resume in {args.out}: starting at step 0")
         return 0, 0.0
-    state = torch.load(path, map_location=args.device, weights_only=True)
-    then, now = json.loads(state["settings"]), json.loads(json.dumps(settings(args)))
-    differ = [f"--{key.replace('_', '-')} {then.get(key)} (now {now.get(key)})"
-              for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
-    if differ:
-        raise UserError(f"--resume: {args.out} was run with other settings: {', '.join(differ)}; "
-                        "give those again, or start afresh with another --out")
-    trained.load_state_dict(state["trained"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"], state["seconds"]
+    try:
+        state = torch.load(path, map_location=args.device, weights_only=True)
+        trained.load_state_dict(state["trained"])
+        if state["step"] < args.steps:
+            optimizer.load_state_dict(state["optimizer"])
+        return state["step"], state["seconds"]
+    except Exception as error:  # of many kinds, by what is damaged
+        raise UserError(f"--resume: {path} is damaged ({error!s:.60}); delete it, and the run "
+                        "starts at step 0 again") from None
 
 
 def seconds(args) -> float:
     """Training time of a finished run, over all its resumptions."""
-    return torch.load(args.out / "checkpoint.pt", weights_only=True, mmap=True)["seconds"]
+    path = args.out / "checkpoint.pt"
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["seconds"]
 
 
 # ---- the loop
@@ -264,39 +460,57 @@ def loop(args, trained: torch.nn.Module, optimizer, evaluate: Callable) -> Itera
     args.eval_every steps and after the last; its values join that step's line in metrics.jsonl,
     and a checkpoint is written.
     """
-    log = args.out / "metrics.jsonl"
+    global at
+    log, at = args.out / "metrics.jsonl", "step 0: "
     done, spent = load_checkpoint(args, trained, optimizer) if args.resume else (0, 0.0)
     if done:  # drop the lines of steps that the interrupted run took after its last checkpoint
         lines = read_rows(log)[:done + 1]
+        if len(lines) <= done:
+            raise UserError(f"--resume: {log} ends before step {done}, of which checkpoint.pt is; "
+                            "delete checkpoint.pt to start at step 0")
         write_rows(log, lines)
         shown = lines[-1]  # the last evaluation: a checkpoint follows each
         print(f"{args.out} is at step {done} of {args.steps}")
     else:
-        shown = {"step": 0, **evaluate(trained)}
+        shown = finite({"step": 0, **evaluate(trained)})
         write_rows(log, [shown])
     began = time.time() - spent
-    with open(log, "a", encoding="utf-8") as file, tqdm(
+    with touching(log, "--out"):
+        file = open(log, "a", encoding="utf-8")
+    with file, tqdm(
             total=args.steps, initial=done, desc=str(args.out), unit="step", disable=None,
             dynamic_ncols=True) as bar:
         for number in range(done + 1, args.steps + 1):
-            step = Step(number, args)
+            step, at = Step(number, args), f"step {number}: "
             bar.set_postfix_str(", ".join(form.format(shown[key]) for key, form in SHOWN.items()
                                           if shown.get(key) is not None), refresh=False)
             yield step
             line = {"step": number, **{name: float(x) for name, x in step.metrics.items()}}
             at_checkpoint = number % args.eval_every == 0 or number == args.steps
             line |= evaluate(trained) if at_checkpoint else {}
-            file.write(json.dumps(line) + "\n")
-            file.flush()
+            with touching(log, "--out"):
+                file.write(json.dumps(finite(line)) + "\n")
+                file.flush()
             if at_checkpoint:
                 save_checkpoint(args, number, trained, optimizer, time.time() - began)
             shown = {**shown, **line}
             bar.update()
 
 
+DIVERGED = "training has diverged; lower --lr, raise --beta"
+
+
+def finite(line: dict) -> dict:
+    """The line of metrics, if none of them is NaN or infinite."""
+    for name, value in line.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{at}{name} is {value}: {DIVERGED}")
+    return line
+
+
 def clip(model: torch.nn.Module, max_norm: float) -> torch.Tensor:
     """Scale the model's gradient to a norm of at most max_norm; returns its norm before."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     if not norm.isfinite():
-        raise UserError(f"the gradient is {norm}: training has diverged; lower --lr, raise --beta")
+        raise UserError(f"{at}the gradient is {norm}: {DIVERGED}")
     return norm

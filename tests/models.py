@@ -3,6 +3,7 @@
 import functools
 import itertools
 import string
+from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -67,3 +68,11 @@ def gradient(loss, policy) -> torch.Tensor:
     grads = iter(torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True, materialize_grads=True))
     return torch.cat([(next(grads) if p.requires_grad else torch.zeros_like(p)).flatten()
                       for p in policy.parameters()])
+
+
+def fitting(arguments: list[str]) -> list[str]:
+    """Without --pairs where the last --data names a file, which holds its own."""
+    *_, source = ["world", *(value for flag, value in zip(arguments, arguments[1:]) if flag == "--data")]
+    at = arguments.index("--pairs")
+    in_file = source != "world" and not (Path(source) / "task.json").exists()
+    return arguments[:at] + arguments[at + 2:] if in_file else arguments

@@ -20,6 +20,7 @@ import lm
 import run
 import world
 from data import Pair, read_jsonl
+from models import fitting
 from run import UserError, read_rows, write_rows, write_text
 from world import golden_reward, world_prompts
 
@@ -294,7 +295,7 @@ def killed(source, target):
 
 @pytest.mark.parametrize("rows, target, name, fault, error", [
     ([{"a": 2}, {"a": {3}}], None, None, None, TypeError),  # a set is not JSON
-    ([{"a": 2}], Path, "write_text", full_disk, OSError),
+    ([{"a": 2}], Path, "write_text", full_disk, UserError),
     ([{"a": 2}], os, "replace", killed, KeyboardInterrupt),
 ], ids=["not serialisable", "disk full", "killed before the rename"])
 def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch, rows, target, name, fault, error):
@@ -508,7 +509,7 @@ def parse(*flags) -> Namespace:
 
 
 def settings(model_dir, *more) -> Namespace:
-    return parse("--model", model_dir, *FAST, *more)
+    return parse(*fitting(["--model", str(model_dir), *FAST, *map(str, more)]))
 
 
 def test_a_pretrained_model_takes_the_reviews_if_they_are_there(reviews, model_dir):
@@ -574,12 +575,12 @@ def test_pairs_are_labelled_by_the_tasks_judge(reviews, model_dir):
     ("sft.jsonl", '{"prompt": "a"}\n', "sft.jsonl:1: field 'response' is missing"),
     ("prompts.jsonl", '{"prompt": "a"}\n{"prompt": 3}\n', "prompts.jsonl:2: field 'prompt' must be a string"),
     ("prompts.jsonl", "", "prompts.jsonl: no rows"),
-    ("held_out_prompts.jsonl", '{"prompt": "same"}\n', "1 prompts are in prompts.jsonl and in held_out"),
-    ("held_out_prompts.jsonl", None, "held_out_prompts.jsonl is missing"),
+    ("held_out_prompts.jsonl", '{"prompt": "The plot"}\n', "1 rows are among .*, for example 'The plot'"),
+    ("held_out_prompts.jsonl", None, "there is no file .*held_out_prompts.jsonl"),
 ])
 def test_a_broken_task_is_named_by_file_and_line(reviews, model_dir, name, text, says):
     if name == "held_out_prompts.jsonl":
-        write_rows(reviews / "prompts.jsonl", [{"prompt": "same"}, {"prompt": "The plot was"}])
+        write_rows(reviews / "prompts.jsonl", [{"prompt": "The plot"}, {"prompt": "The plot was"}])
     if text is None:
         (reviews / name).unlink()
     else:
@@ -590,10 +591,10 @@ def test_a_broken_task_is_named_by_file_and_line(reviews, model_dir, name, text,
 
 @pytest.mark.parametrize("more, says", [
     (["--model", "tiny", "--sft-steps", "3"], "tiny has learned its texts"),
-    (["--model", "m", "--data", "pairs.jsonl", "--sft-steps", "3"], "--data pairs.jsonl has none"),
-    (["--judge", "task"], "here there is none"), (["--micro-batch", "0"], "--micro-batch must be positive"),
-    (["--train-layers", "-1"], "--train-layers must be positive"),
-    (["--sft-steps", "-1"], "--sft-steps must not be negative")])
+    (["--model", "m", "--data", "pairs.jsonl", "--sft-steps", "3"], "--data pairs.jsonl has no texts"),
+    (["--judge", "task"], "here there is none"), (["--micro-batch", "0"], "--micro-batch: must be a whole number"),
+    (["--train-layers", "-1"], "--train-layers: must be a whole number"),
+    (["--sft-steps", "-1"], "--sft-steps: must be a whole number")])
 def test_flags_that_cannot_work_say_so(more, says, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
@@ -601,10 +602,17 @@ def test_flags_that_cannot_work_say_so(more, says, capsys, tmp_path, monkeypatch
     assert says in capsys.readouterr().err
 
 
-def test_a_gpu_computes_in_bfloat16_unless_told_otherwise():
+def test_a_gpu_computes_in_bfloat16_unless_told_otherwise_or_where_it_is_only_emulated(monkeypatch, capsys):
     def dtype(*more):
         return parse("--data", "world", *more).dtype
 
+    monkeypatch.setattr(torch, "zeros", lambda n, device: torch.ones(n))  # as if each device were there
+    monkeypatch.setattr(run, "has_bfloat16", lambda device: device == "cuda:1")
+    assert dtype("--model", "gpt2", "--device", "cuda") == "float32", "an older GPU"
+    assert not capsys.readouterr().out
+    assert dtype("--model", "gpt2", "--dtype", "bfloat16", "--device", "cpu") == "float32"
+    assert "cpu has no bfloat16 of its own" in capsys.readouterr().out
+    monkeypatch.setattr(run, "has_bfloat16", lambda device: True)
     assert dtype("--model", "gpt2", "--device", "cuda") == "bfloat16"
     assert dtype("--model", "gpt2", "--device", "cpu") == dtype("--device", "cuda") == "float32"
     assert dtype("--model", "gpt2", "--device", "cuda:1", "--dtype", "float32") == "float32"
@@ -648,7 +656,7 @@ def test_a_judge_that_cannot_be_used_is_named_with_its_flag(reviews, model_dir, 
     with pytest.raises(UserError, match=f"^--judge {tmp_path}/ppo/reward: .*did you mean {tmp_path}/ppo/reward/model"):
         data.judges_of(settings(model_dir, "--judge", tmp_path / "ppo" / "reward"))
     write_text(reviews / "task.json", json.dumps({"label": "judge", "second": "no/such"}))
-    with pytest.raises(UserError, match="^--judge no/such: "):
+    with pytest.raises(UserError, match="^runs/reviews/task.json: judge no/such: "):
         data.judges_of(settings(model_dir))
 
 
@@ -664,7 +672,7 @@ def test_encode_names_file_line_and_field(words):
 
     assert encode("The plot was", " superb.", " dull.")[0][:3] == (
         words.encode_prompt("The plot was"), words.encode_response(" superb.", 4), words.encode_response(" dull.", 4))
-    with pytest.raises(UserError, match="^pairs.jsonl:7: field 'prompt' has 63 tokens; .* leaves room for 60"):
+    with pytest.raises(UserError, match="^pairs.jsonl:7: the prompt 'The plot .* has 63 tokens; .* leaves room for 60"):
         encode("The" + " plot" * 62, " superb.", " dull.")
     with pytest.raises(UserError, match="^pairs.jsonl:7: fields 'chosen' and 'rejected' are the same in their first 4"):
         encode("The plot was", " not" * 4 + " dull.", " not" * 4 + " flat.")

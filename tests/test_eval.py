@@ -36,6 +36,7 @@ from eval import (
     win_rate,
 )
 from lm import LM
+from models import fitting
 from run import UserError, read_rows, write_rows, write_text
 from world import Judge, golden_reward
 
@@ -187,7 +188,8 @@ def test_accuracy_and_log_ratios_are_those_of_the_pairs_one_by_one(policy, ref, 
     expected = {"accuracy": sum(c > r for c, r in zip(chosen, rejected)) / n,
                 "chosen_logratio": sum(chosen) / n, "rejected_logratio": sum(rejected) / n}
     assert implicit_reward_metrics(policy, pairs) == pytest.approx(expected, abs=1e-5)
-    assert implicit_reward_metrics(policy, pairs, batch_size=4) == pytest.approx(expected, abs=1e-5)
+    policy.batch_size = 4
+    assert implicit_reward_metrics(policy, pairs) == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.law
@@ -518,7 +520,7 @@ def trained(model_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(eval, "plot_curve", lambda *args: None)  # it would take as long as the run
 
     def train(command, name, *flags):
-        command.main(["--model", str(model_dir), *FAST, "--lr", "1e-2", "--out", name, *flags])
+        command.main(fitting(["--model", str(model_dir), *FAST, "--lr", "1e-2", "--out", name, *flags]))
         return read_rows(Path(name) / "responses.jsonl")
 
     return train

@@ -340,8 +340,8 @@ def test_rloo_and_the_golden_judge_train(model_dir, tmp_path):
 
 
 def test_stages_can_be_run_one_after_the_other(model_dir, tmp_path):
-    arguments = ["--model", str(model_dir), "--out", str(tmp_path / "r"), *SMALL, *MORE]
-    rlhf.main([*arguments, "--stage", "reward"])
+    arguments = ["--model", str(model_dir), "--out", str(tmp_path / "r"), *SMALL, *MORE[2:]]
+    rlhf.main([*arguments[:4], *SMALL[2:], *MORE[:2], "--stage", "reward"])
     assert (tmp_path / "r" / "reward" / "model").is_dir() and not (tmp_path / "r" / "policy").exists()
     rlhf.main([*arguments, "--stage", "ppo"])
     assert (tmp_path / "r" / "policy").is_dir() and (tmp_path / "r" / "reward" / "model").is_dir()

@@ -19,7 +19,6 @@ from test_data import FAST, write_task
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 import coverage
-import data
 import dpo
 import eval
 import fast
@@ -29,7 +28,8 @@ import run
 import world
 from judges import load_judge
 from lm import LM
-from run import UserError, read_rows
+from models import fitting
+from run import UserError, read_rows, write_text
 
 ROOT = Path(__file__).parent.parent
 SMALL = ("--steps 9 --eval-every 3 --batch-size 4 --pairs 10 --eval-samples 6 --max-new-tokens 8 --lr 1e-3 "
@@ -37,7 +37,7 @@ SMALL = ("--steps 9 --eval-every 3 --batch-size 4 --pairs 10 --eval-samples 6 --
 
 
 def flags(model_dir, out, *more) -> list[str]:
-    return ["--model", str(model_dir), "--out", str(out), *SMALL, *map(str, more)]
+    return ["--model", str(model_dir), "--out", str(out), *fitting([*SMALL, *map(str, more)])]
 
 
 def bytes_of(out) -> dict[str, bytes]:
@@ -105,7 +105,7 @@ def test_plain_forms_and_fast_ones_give_the_same_run(model_dir, tmp_path, monkey
     for ours, theirs in zip(*(read_rows(tmp_path / name / "metrics.jsonl") for name in runs), strict=True):
         assert ours.keys() == theirs.keys()
         for key, value in ours.items():
-            assert value == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), f"step {ours['step']}: {key}"
+            assert value == pytest.approx(theirs[key], rel=1e-3, abs=1e-5), f"step {ours['step']}: {key}"
 
 
 # Runs hypo.py, dpo.py or rlhf.py and kills itself, by SIGKILL, at the n-th call of one of its parts.
@@ -253,7 +253,7 @@ def test_implicit_rewards_at_step_0_are_exactly_0_whatever_the_batches_are(more,
     for name in ("pairs", "held_out_pairs"):
         run.write_rows(tmp_path / "d" / f"{name}.jsonl", [
             {"prompt": prompt, "chosen": good[i % 2], "rejected": bad[i // 2 % 2]}
-            for i, prompt in enumerate(world.world_prompts()[0][:100])])
+            for i, prompt in enumerate(world.world_prompts()[name == "held_out_pairs"][:100])])
     for source in (tmp_path / "d", "world"):
         for name, extra in (("kept", []), ("asked", more)):  # the first makes the pairs that are kept
             dpo.main(flags(model_dir, tmp_path / name, "--data", source, "--steps", 1, "--max-new-tokens", 12, *extra))
@@ -376,7 +376,8 @@ def test_a_run_reports_both_judges(main, more, model_dir, tmp_path, capsys):
     assert (summary["judge"], summary["second_judge"]) == (str(tmp_path / "task" / "judge"), "golden")
     assert "sft-" in summary["pi_ref"], "pi_ref is the model after fine-tuning, and can be loaded again"
     LM.load(summary["pi_ref"])
-    assert {row["prompt"] for row in rows} <= set(data.read_prompts(tmp_path / "task")[1])
+    assert {row["prompt"] for row in rows} <= {row["prompt"] for row in read_rows(
+        tmp_path / "task" / "held_out_prompts.jsonl")}
 
 
 def test_saved_models_are_the_ecosystems(model_dir, tmp_path, monkeypatch):
@@ -454,13 +455,13 @@ def fails(main, arguments, capsys) -> str:
 
 
 @pytest.mark.parametrize("main, more, message", [
-    (hypo.main, ["--beta", "0"], "--beta must be positive, got 0.0"),
-    (hypo.main, ["--steps", "0"], "--steps must be positive, got 0"),
-    (hypo.main, ["--lr", "-1"], "--lr must be positive"),
-    (hypo.main, ["--lam", "-1"], "--lam must not be negative"),
-    (hypo.main, ["--k", "0"], "--k must be at least 1"),
+    (hypo.main, ["--beta", "0"], "--beta: must be a finite number above 0, got 0"),
+    (hypo.main, ["--steps", "0"], "--steps: must be a whole number of at least 1 and at most 10000000, got 0"),
+    (hypo.main, ["--lr", "-1"], "--lr: must be a finite number above 0, got -1"),
+    (hypo.main, ["--lam", "-1"], "--lam: must be a finite number of at least 0, got -1"),
+    (hypo.main, ["--k", "0"], "--k: must be a whole number of at least 1"),
     (dpo.main, ["--loss", "ip0"], "invalid choice: 'ip0'"),
-    (dpo.main, ["--length-average"], "--length-average is an option of --loss ipo"),
+    (dpo.main, ["--length-average"], "--length-average would have no effect: it is for --loss ipo, not for --loss dpo"),
     (dpo.main, ["--sampling", "iterative", "--rounds", "10"], "--rounds must be from 1 to --steps 9"),
     (dpo.main, ["--sampling", "online", "--judge", "no/such"], "--judge no/such: no/such is neither golden, vader"),
     (dpo.main, ["--sampling", "online", "--data", "x.jsonl"], "needs --judge"),
@@ -547,8 +548,8 @@ def test_a_users_error_is_printed_as_one_sentence(model_dir, tmp_path):
         hypo.main(flags(model_dir, tmp_path / "run", "--data", "no-such.jsonl"))
 
     def resume():
-        torch.save({"settings": "{}", "step": 1}, tmp_path / "checkpoint.pt")
-        run.load_checkpoint(argparse.Namespace(out=tmp_path, device="cpu", beta=1), None, None)
+        write_text(tmp_path / "inputs.json", '{"settings": {}}')
+        run.refuse_other_settings(argparse.Namespace(out=tmp_path, device="cpu", beta=1))
 
     def interrupt():
         raise KeyboardInterrupt
