@@ -364,7 +364,7 @@ def prompts_of(pairs: Iterable[Pair]) -> list[str]:
 def read_objects(path) -> list[tuple[str, dict]]:
     """("file:line", object) of every line of a JSONL file."""
     if not os.path.isfile(path):  # a pipe, say, would be waited for
-        raise UserError(f"--data: there is no file {path}; the head of data.py says what a "
+        raise UserError(f"--data: {path} is not a file, or not there; the head of data.py says what a "
                         "directory holds")
     rows = run.numbered_rows(path, "--data")
     if not rows:
@@ -378,7 +378,8 @@ def string(row: dict, field: str, where: str, may_be_empty: bool = False) -> str
     if field not in row:
         why = f"is missing; found {sorted(row)}"
     elif not isinstance(text, str):
-        why = f"must be a string, or all three of a pair lists of messages; got {text!r:.60}"
+        messages = ", or all three of a pair lists of messages" if field in FIELDS else ""
+        why = f"must be a string{messages}; got {text!r:.60}"
     elif text != text.encode(errors="ignore").decode():
         why = "has half a character (a lone surrogate), which cannot be tokenised"
     elif not text.strip() and not may_be_empty:

@@ -357,6 +357,8 @@ class LM(Network):
             if not frame.f_globals["__name__"].startswith(("transformers.", "torch.")):
                 raise  # a mistake of ours, and not what a foreign architecture makes of our calls
             raise Refused(f"its forward pass cannot be used here: {error!r:.150}") from error
+        if not batched.isfinite().all():
+            raise Refused("its log-probs are NaN or infinite: its weights must be damaged")
         drawn = torch.stack(logits, 1).log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
         for off, why in (
                 (batched[:, :2] - alone, "padding, other rows or later tokens move a log-prob"),
@@ -369,6 +371,8 @@ class LM(Network):
     def load(cls, name: str, device: str = "cpu", micro_batch: int | None = None,
              batch_size: int = 64):
         """The policy in a transformers directory or under a hub name, weights in float32."""
+        if os.path.isfile(name):
+            raise Refused(f"{name} is a file; name the directory that it is in")
         if not os.path.isdir(name):
             require_on_hub(name)
         model, tokenizer = read_model(
@@ -432,8 +436,11 @@ def read_model(kind, what: str, name: str):
             name, config=config, dtype=torch.float32, use_safetensors=True,
             output_loading_info=True, ignore_mismatched_sizes=True, **safe)
     except Exception as error:  # the readers of the files raise what they like
-        raise Refused(f"{name} does not hold {what} that transformers can load "
-                      f"({part}: {str(error).partition(chr(10))[0]:.300})") from None
+        why = " ".join(str(error).split())
+        if "trust_remote_code" in why:
+            why = "it needs code of its own, which is never run here"
+        raise Refused(f"{name} does not hold {what} that transformers can load ({part}: {why:.300})"
+                      ) from None
     wrong = [f"{len(keys)} {what}, such as {min(map(str, keys))}" for what, keys in (
         ("weights are missing", found["missing_keys"]),
         ("weights are not this model's", found["unexpected_keys"]),

@@ -55,7 +55,6 @@ def start(main: Callable,
             stream.reconfigure(errors="backslashreplace")
     try:
         main()
-        sys.stdout.flush()
     except UserError as error:
         sys.exit(f"error: {error}")
     except FloatingPointError as error:  # a reward or a logit that is NaN or infinite
@@ -65,10 +64,17 @@ def start(main: Callable,
             raise
         sys.exit(f"error: out of memory ({error!s:.80}); --micro-batch 4 (or 2, 1) gives the same "
                  f"gradient with less memory, --gradient-checkpointing saves more; {again}")
-    except BrokenPipeError:  # who reads this command's output, such as head, has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        sys.exit(f"error: who read this command's output, such as head, has gone; {again}")
     except KeyboardInterrupt:
         sys.exit(f"\ninterrupted; {again}")
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if not isinstance(error, BrokenPipeError):
+                sys.exit(f"error: standard output: {error}")
 
 
 # ---- arguments
@@ -313,6 +319,8 @@ LEFT = (r"(metrics|responses|stream|round-\d+)\.jsonl|(inputs|summary|job|baseli
 def working(args):
     """What a run works in: its precision, and --out, which belongs to this process alone."""
     out, lock = args.out, filelock.FileLock(args.out / ".lock", timeout=0)
+    if os.path.exists(out) and not out.is_dir():
+        raise UserError(f"--out {out} is not a directory; name one, which may be new")
     with touching(out, "--out"):
         out.mkdir(parents=True, exist_ok=True)
         for path in out.iterdir():
@@ -406,8 +414,9 @@ def load_checkpoint(args, trained, optimizer) -> tuple[int, float]:
             optimizer.load_state_dict(state["optimizer"])
         return state["step"], state["seconds"]
     except Exception as error:  # of many kinds, by what is damaged
-        raise UserError(f"--resume: {path} is damaged ({error!s:.60}); delete it, and the run "
-                        "starts at step 0 again") from None
+        why = " ".join(str(error).split())
+        raise UserError(f"--resume: {path} is damaged ({why:.99}); delete it, and the run starts at "
+                        "step 0 again") from None
 
 
 def seconds(args) -> float:

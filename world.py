@@ -102,7 +102,8 @@ class Judge(NamedTuple):
         rewards = self.rewards(prompts, responses)
         for reward, response in zip(rewards, responses, strict=True):
             if not math.isfinite(reward):
-                raise FloatingPointError(f"the judge {self.name} rewards {response!r:.60} by {reward}")
+                raise FloatingPointError(f"the judge {self.name} rewards {response!r:.60} by {reward}, "
+                                         "which compares with nothing; mend it, or name another")
         return rewards
 
 

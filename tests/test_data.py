@@ -576,7 +576,7 @@ def test_pairs_are_labelled_by_the_tasks_judge(reviews, model_dir):
     ("prompts.jsonl", '{"prompt": "a"}\n{"prompt": 3}\n', "prompts.jsonl:2: field 'prompt' must be a string"),
     ("prompts.jsonl", "", "prompts.jsonl: no rows"),
     ("held_out_prompts.jsonl", '{"prompt": "The plot"}\n', "1 rows are among .*, for example 'The plot'"),
-    ("held_out_prompts.jsonl", None, "there is no file .*held_out_prompts.jsonl"),
+    ("held_out_prompts.jsonl", None, "held_out_prompts.jsonl is not a file, or not there"),
 ])
 def test_a_broken_task_is_named_by_file_and_line(reviews, model_dir, name, text, says):
     if name == "held_out_prompts.jsonl":
