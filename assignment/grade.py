@@ -4,154 +4,164 @@
     python assignment/grade.py DIR --only 3 5           # some of them
     python assignment/grade.py DIR --json report.json   # the same as JSON
 
-From DIR come the files that hold exercises, and nothing else: tests, settings and all other modules are the
-grader's own. Each exercise runs in a process of its own with a time limit, and gives its points if all of its
-tests pass, none otherwise. Results count only if they come from the grader's pytest plugin, through a socket and
-signed, one for each test of the grader's own file, and if one more test, which must fail, has failed. So edited
-tests, an early exit, printed results and a pytest that has been switched off earn nothing.
+From DIR come the files that hold exercises, and nothing else: tests, settings and all other modules are the grader's
+own, read once, before any code of DIR runs. Each exercise runs in a process of its own with limits of time and memory,
+and gives its points if all of its tests pass, none otherwise. Results count only if they come from the grader's
+pytest plugin, through a socket and signed, one for each test of the grader's own file, and if one more test, which
+must fail, has failed. So edited tests, an early exit, printed results and a pytest that has been switched off earn
+nothing. With its process ends all that an exercise has started. If the grader's own files are changed meanwhile, there
+are no points; they are put back, and what was written stays beside them as *.changed.
+
+Only Linux limits the memory (of each process) and ends a process that has left its group; Windows has no such groups.
 
 No defence against code that is written to deceive this very grader: it shares a process with the tests, may
-recognise their inputs, and has the rights of whoever starts the grader (files, network, memory). To grade people
-whom you do not trust, do it in a container without network that holds nothing else, and read what they wrote.
+recognise their inputs, and has the rights of whoever starts the grader (files, network). To grade people whom you do
+not trust, do it in a container without network that holds nothing else, and read what they wrote.
 """
 
 import argparse
 import ast
+import contextlib
+import io
 import json
-import multiprocessing
+import math
 import multiprocessing.connection
 import os
-import secrets
-import shutil
 import signal
-import socket
 import sys
 import tempfile
 import textwrap
 import time
 from pathlib import Path
 
+from child import Child, NoServer, Server, adopt, below, end_below, visible
 from exercises import EXERCISES, PROJECT, Exercise
 
 SHOWN = 3  # failures of an exercise that are printed
-CANARY = "child.py::test_this_must_fail"
+GRADED = sorted({f"{module}.py" for exercise in EXERCISES for module in exercise.modules})
 CORES = os.cpu_count() or 1
-START_UP = 300  # seconds a child may take to import torch before its clock starts
-PRELOADED = ["torch", "pytest", "transformers.models.auto.modeling_auto", "transformers.models.gpt2.modeling_gpt2"]
+MEMORY = 4.0  # GB; a solution needs less than a tenth of one
+CANARY = "canary.py::test_this_must_fail"  # if it passes, or does not run, the student's code has switched tests off
+SETTINGS = {"pytest.ini": b"[pytest]\nmarkers = exercise(n): a test of exercise n\n",  # nobody else's
+            "canary.py": b"import check\n\ndef test_this_must_fail():\n    check.expect(1, 2.0, lambda: 1.0)\n"}
+
+
+# ---------------------------------------------------------------------------------------------------
+# files: all are in memory before the first child starts
+
+def submission(directory: Path) -> dict[str, bytes]:
+    """The student's files that hold exercises; ValueError if one is not there."""
+    for name in GRADED:
+        if not (directory / name).is_file():
+            raise ValueError(f"{directory} has no {name}; name the directory of the assignment, which holds it")
+    return {name: (directory / name).read_bytes() for name in GRADED}
+
+
+def grader_files() -> dict[str, bytes]:
+    """The grader's own: programs, tests, and the modules that hold no exercise."""
+    files = {}
+    for path in [path for kind in ("", "assignment/", "assignment/tests/") for path in PROJECT.glob(f"{kind}*.py")]:
+        with contextlib.suppress(OSError):  # what cannot be read is not there
+            if path.is_file() and path.name not in GRADED:
+                files[path.relative_to(PROJECT).as_posix()] = path.read_bytes()
+    return files
+
+
+def changed(before: dict[str, bytes], put_back: bool = False) -> list[str]:
+    """The grader's files that are not as they were; put_back: make them so, and keep what is there as *.changed."""
+    now = grader_files()
+    names = sorted(name for name in before | now if before.get(name) != now.get(name))
+    for name in names if put_back else ():
+        if os.path.lexists(PROJECT / name):
+            os.replace(PROJECT / name, PROJECT / f"{name}.changed")
+        write({name: before[name]} if name in before else {}, PROJECT)
+    return names
+
+
+def write(files: dict[str, bytes], directory: Path) -> None:
+    for name, content in files.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_bytes(content)
 
 
 # ---------------------------------------------------------------------------------------------------
 # child processes
 
-def make_sandbox(source: Path, sandbox: Path) -> Path:
-    """A directory with the grader's modules, those that hold exercises replaced by the student's."""
-    sandbox.mkdir()
-    for path in PROJECT.glob("*.py"):
-        shutil.copyfile(path, sandbox / path.name)
-    for module in sorted({module for exercise in EXERCISES for module in exercise.modules}):
-        if not (source / f"{module}.py").is_file():
-            raise ValueError(f"{source} has no {module}.py; name the directory of the assignment, which holds it")
-        shutil.copyfile(source / f"{module}.py", sandbox / f"{module}.py")
-    return sandbox
+def tests_of(exercises: list[Exercise], files: dict[str, bytes]) -> dict[str, bytes]:
+    tests = {}
+    for exercise in exercises:
+        name, = (name for name in files if name.startswith(f"assignment/tests/test_{exercise.number:02}_"))
+        tests[Path(name).name] = files[name]
+    return tests
 
 
-def in_child(*args) -> None:
-    """What a child process does. Imported there: this process shall have nothing to do with torch or pytest."""
-    import child
-    child.run(*args)
+def start(server: Server | NoServer, files: dict[str, bytes], sandbox: Path, given: dict[str, bytes],
+          exercises: list[Exercise], memory: float) -> Child:
+    """A child process that runs the tests of some exercises on what a student gave."""
+    tests = tests_of(exercises, files)
+    modules = {name: content for name, content in files.items() if "/" not in name}
+    write(modules | given | tests | SETTINGS, sandbox)
+    return Child(server, sandbox=str(sandbox), tests=[*tests, CANARY], memory=memory,
+                 modules=sorted({module for exercise in exercises for module in exercise.modules}))
 
 
-def start(context, sandbox: Path, exercises: list[Exercise]) -> dict:
-    """A child process that runs the tests of some exercises, and what is known of it."""
-    ours, theirs = socket.socketpair()
-    nonce = secrets.token_hex(16)
-    modules = sorted({module for exercise in exercises for module in exercise.modules})
-    process = context.Process(target=in_child, args=(
-        theirs, nonce, str(sandbox), modules, [str(exercise.tests) for exercise in exercises]))
-    process.start()
-    theirs.close()
-    return dict(process=process, socket=ours, nonce=nonce, said=[], rest=b"", deadline=time.monotonic() + START_UP)
+def run_all(tasks: list[tuple[dict[str, bytes], list[Exercise]]], limit: float, jobs: int,
+            memory: float = MEMORY) -> list[dict]:
+    """Run (submission, exercises) tasks in child processes, `jobs` at a time, each with limits in seconds and in GB.
 
-
-def listen(child: dict, limit: float) -> bool:
-    """Take what a child has sent, JSON lines; False if there will be no more. Lines without the nonce do not count."""
-    try:
-        received = child["socket"].recv(2**16)
-    except OSError:
-        received = b""
-    *lines, child["rest"] = (child["rest"] + received).split(b"\n")
-    for line in lines:
-        try:
-            message = json.loads(line)
-            genuine = message.pop("nonce") == child["nonce"]
-        except (ValueError, RecursionError, AttributeError, TypeError, KeyError):  # not from the plugin
-            continue
-        if genuine:
-            child["said"].append(message)
-            if "started" in message:
-                child["deadline"] = time.monotonic() + limit
-    finished = any("finished" in message for message in child["said"])
-    return bool(received) and not finished and len(child["rest"]) < 2**20
-
-
-def stop(child: dict, how: str | None = None) -> dict:
-    """End a child and whatever it started: {"said": its messages, "end": how it ended}."""
-    process = child["process"]
-    if how is None:
-        process.join(5)
-        how = f"the process ended by itself with exit code {process.exitcode}"
-    try:
-        os.killpg(process.pid, signal.SIGKILL)  # it leads a group of its own
-    except (AttributeError, OSError):
-        process.kill()
-    process.join(5)
-    child["socket"].close()
-    return {"said": child["said"], "end": how}
-
-
-def run_all(tasks: list[tuple[Path, list[Exercise]]], limit: float, jobs: int) -> list[dict]:
-    """Run (sandbox, exercises) tasks in child processes, `jobs` at a time; each gets `limit` seconds."""
-    can_fork = "forkserver" in multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if can_fork else "spawn")
-    if can_fork:
-        context.set_forkserver_preload(PRELOADED)  # imported once, not once a child
+    Returns what each said, how it ended, and its tests.
+    """
+    files, others = grader_files(), set(below(os.getpid()))
     waiting, running, done = list(range(len(tasks))), {}, {}
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            number = waiting.pop(0)
-            running[number] = start(context, *tasks[number])
-        patience = max(0.0, min(child["deadline"] for child in running.values()) - time.monotonic())
-        ready = multiprocessing.connection.wait([child["socket"] for child in running.values()], patience)
-        for number, child in list(running.items()):
-            if child["socket"] in ready and not listen(child, limit):
-                done[number] = stop(running.pop(number))
-            elif time.monotonic() > child["deadline"]:
-                done[number] = stop(running.pop(number), f"the time limit of {limit:g} s was reached")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary, contextlib.ExitStack() as at_the_end:
+        write({name: content for name, content in files.items() if name.count("/") == 1}, Path(temporary))
+        at_the_end.callback(adopt, False)
+        at_the_end.callback(end_below, others)
+        adopt(True)
+        server = Server(Path(temporary, "assignment")) if hasattr(os, "fork") else NoServer()
+        at_the_end.callback(server.close)
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                number = waiting.pop(0)
+                running[number] = start(server, files, Path(temporary, str(number)), *tasks[number], memory)
+            patience = max(0.0, min(child.deadline for child in running.values()) - time.monotonic())
+            ready = multiprocessing.connection.wait([child.socket for child in running.values()], patience)
+            for number, child in list(running.items()):
+                if child.socket in ready and not child.listen(limit):
+                    code = server.exit_code(child.pid)
+                    how = next((message["end"] for message in child.said if "end" in message),
+                               f"the process ended by itself with exit code {code}")
+                elif time.monotonic() > child.deadline:
+                    how = f"the time limit of {limit:g} s was reached"
+                else:
+                    continue
+                del running[number]
+                server.end(child.pid, others | {other.pid for other in running.values()})
+                child.socket.close()
+                done[number] = dict(said=child.said, end=how, tests=tests_of(tasks[number][1], files))
+    names = visible(", ".join(changed(files)))
+    for outcome in done.values() if names else ():
+        outcome["said"].insert(0, {"problem": f"files of the grader were changed while a submission ran: {names}"})
     return [done[number] for number in range(len(tasks))]
 
 
 # ---------------------------------------------------------------------------------------------------
 # verdicts
 
-def names_of_tests(exercise: Exercise) -> list[str]:
-    """The tests that must be reported, read from the grader's own file."""
-    tree = ast.parse(exercise.tests.read_text(encoding="utf-8"))
-    return [f"{exercise.tests.name}::{node.name}" for node in tree.body
-            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
-
-
 def verdict(exercise: Exercise, outcome: dict) -> dict:
     """One exercise of the report: points if the plugin reported every test as passed, and the canary as failed."""
     results = {message["test"]: message for message in outcome["said"] if "test" in message}
-    wanted = names_of_tests(exercise)
-    failures = [results[name] for name in wanted if name in results and not results[name]["passed"]]
+    wanted = [f"{name}::{node.name}" for name, source in outcome["tests"].items()
+              if name.startswith(f"test_{exercise.number:02}_") for node in ast.parse(source).body
+              if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+    failures = [results[name] for name in wanted if name in results and not results[name].get("passed")]
     unwritten = [name for name in exercise.functions if any(name == row.get("not_written") for row in failures)]
     absent = [name for name in wanted if name not in results]
     problem = next((message["problem"] for message in outcome["said"] if "problem" in message), None)
     if problem is None and (absent or CANARY not in results):
         begun = [message["running"] for message in outcome["said"] if "running" in message]
         problem = f"{outcome['end']}, {f'in {begun[-1]}' if begun else 'before the first test'}"
-    elif problem is None and results[CANARY]["passed"]:
+    elif problem is None and results[CANARY].get("passed"):
         problem = "a test that must fail has passed: something in the submission changes how tests are run"
     passed = len(wanted) - len(failures) - len(absent)
     note = f"{passed} of {len(wanted)} tests pass"
@@ -160,19 +170,15 @@ def verdict(exercise: Exercise, outcome: dict) -> dict:
     elif unwritten:
         note += f"; {' and '.join(unwritten)} {'is' if len(unwritten) == 1 else 'are'} not written"
     failures = [failure for failure in failures if failure.get("not_written") not in unwritten]
-    points = exercise.points if problem is None and passed == len(wanted) else 0
+    points = exercise.points if problem is None and 0 < passed == len(wanted) else 0
     failures = [{key: failure.get(key) for key in ("test", "input", "expected", "got")} for failure in failures]
     return dict(number=exercise.number, name=exercise.name, points=points, of=exercise.points, tests=len(wanted),
                 note=note, problem=problem, equation=exercise.equation, hint=exercise.hint, failures=failures)
 
 
-def grade(directory: Path, exercises=EXERCISES, limit: float = 60.0, jobs: int = CORES) -> dict:
-    """The report on a student's directory."""
-    with tempfile.TemporaryDirectory() as temporary:
-        sandbox = make_sandbox(Path(directory), Path(temporary) / "project")
-        outcomes = run_all([(sandbox, [exercise]) for exercise in exercises], limit, jobs)
+def report_on(directory: Path, exercises: list[Exercise], outcomes: list[dict]) -> dict:
     rows = [verdict(exercise, outcome) for exercise, outcome in zip(exercises, outcomes)]
-    return dict(directory=str(directory), points=sum(row["points"] for row in rows),
+    return dict(directory=visible(directory), points=sum(row["points"] for row in rows),
                 of=sum(row["of"] for row in rows), exercises=rows)
 
 
@@ -201,11 +207,30 @@ def text_of(report: dict) -> str:
     return "\n".join([*lines, *table, f"     {'total':34}{report['points']:4} /{report['of']:3}"])
 
 
-def write_json(path: Path, report: dict) -> None:
-    """Written beside and renamed."""
+def write_json(path: Path, report: dict | None) -> None:
+    """Written beside and renamed; None: only tried. OSError if it cannot be."""
+    if path.exists() and not path.is_file():
+        raise OSError(0, "it is there and no file")
     beside = path.with_name(path.name + ".tmp")
     beside.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    if report is None:
+        beside.unlink()
+    else:
+        os.replace(beside, path)
+
+
+def number(kind: type, low: float, high: float):
+    """An argparse type: a number in [low, high], so neither NaN nor infinite."""
+    def read(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            sort = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"must be a {sort} from {low} to {high}, got {text!r:.40}")
+        return value
+    return read
 
 
 def main(argv=None):
@@ -214,22 +239,57 @@ def main(argv=None):
     add("directory", metavar="DIR", type=Path, help="a student's copy of the project")
     add("--only", type=int, nargs="+", metavar="N", help="grade these exercises (default: all)")
     add("--json", type=Path, metavar="FILE", help="also write the report here")
-    add("--limit", type=float, default=60.0, help="seconds for the tests of an exercise (default 60)")
-    add("--jobs", type=int, default=CORES, help="exercises at a time (default: one for each core)")
+    add("--limit", type=number(float, 1, 86400), default=60.0, help="seconds for an exercise's tests (default 60)")
+    add("--memory", type=number(float, 0.1, 10**6), default=MEMORY,
+        help=f"GB for an exercise's process, beside what torch needs (default {MEMORY:g}; only on Linux)")
+    add("--jobs", type=number(int, 1, 1000), default=CORES, help="exercises at a time (default: one for each core)")
     args = parser.parse_args(argv)
     exercises = [exercise for exercise in EXERCISES if args.only is None or exercise.number in args.only]
     if args.only and len(exercises) < len(set(args.only)):
         parser.error(f"--only: the exercises are 1 to {len(EXERCISES)}")
-    if args.limit <= 0 or args.jobs < 1:
-        parser.error("--limit must be positive, and --jobs at least 1")
     try:
-        report = grade(args.directory, exercises, args.limit, args.jobs)
+        given = submission(args.directory)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {visible(error)}")
+    try:
+        if args.json:
+            write_json(args.json, None)
+    except OSError as error:
+        parser.error(f"--json {visible(args.json)} cannot be written: {error.strerror}")
+    before = grader_files()
+    try:
+        outcomes = run_all([(given, [exercise]) for exercise in exercises], args.limit, args.jobs, args.memory)
+    finally:
+        names = changed(before, put_back=True)
+    report, problems = report_on(args.directory, exercises, outcomes), []
+    if names:
+        problems.append(f"{visible(', '.join(names))}: changed while code of {visible(args.directory)} ran, so there "
+                        "are no points; all is as before again, and what was there is beside it, *.changed")
+    try:
         if args.json:
             write_json(args.json, report)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    except OSError as error:
+        problems.append(f"--json {visible(args.json)} could not be written: {error.strerror}; the report is above")
     print(text_of(report))
+    if problems:
+        sys.exit("\n".join(f"error: {problem}" for problem in problems))
+
+
+def run_command(main) -> None:
+    """main(), quiet when it is stopped, or when who reads its output has gone."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, so that children are ended
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -9,12 +9,10 @@ no longer in the source, exactly once, is an error too. Exits with 1 if anything
 
 import argparse
 import sys
-import tempfile
-from pathlib import Path
 from typing import NamedTuple
 
 from exercises import EXERCISES, PROJECT
-from grade import CORES, make_sandbox, run_all, verdict
+from grade import CORES, number, run_all, run_command, submission, verdict
 
 # (exercise, file, what the file says exactly once, {mistake: what it says instead})
 PLANTED = [
@@ -228,7 +226,7 @@ PLANTED = [
         "the radius is not divided by rho(x)": "radius = torch.full_like(rho, eps_kl)[:, None]"}),
     (12, "coverage", "covered = (ref > -INF) & (rho > 0)[:, None]", {
         "prompts that never come count": "covered = ref > -INF"}),
-    (12, "coverage", "cost = a * middle + torch.special.xlog1py(1 - a, -a) - torch.special.xlog1py(1 - a, -p)", {
+    (12, "coverage", "cost = a * middle + torch.special.xlog1py(1 - a, -(rise / (1 - p)).clamp(max=1))", {
         "the other responses' part of the KL is forgotten": "cost = a * middle",
         "KL direction reversed": "cost = -p * middle + (1 - p) * ((1 - p) / (1 - a)).log()"}),
     (12, "coverage", "return (ref + high - (ref if mu is None else mu))[covered].exp().max()", {
@@ -282,24 +280,14 @@ MUTANTS = [Mutant(exercise, module, old, mistake, new)
            for exercise, module, old, mistakes in PLANTED for mistake, new in mistakes.items()]
 
 
-def plant(mutant: Mutant, directory: Path) -> Path:
-    """The project's modules with the mistake in them; ValueError if its old text is not there exactly once."""
-    sandbox = make_sandbox(PROJECT, directory)
-    path = sandbox / f"{mutant.module}.py"
-    source = path.read_bytes().decode()
+def plant(mutant: Mutant) -> dict[str, bytes]:
+    """The project's files with the mistake in them; ValueError if its old text is not there exactly once."""
+    files, name = submission(PROJECT), f"{mutant.module}.py"
+    source = files[name].decode()
     if source.count(mutant.old) != 1:
-        raise ValueError(f"exercise {mutant.exercise}, {mutant.mistake}: {mutant.module}.py has its old text "
+        raise ValueError(f"exercise {mutant.exercise}, {mutant.mistake}: {name} has its old text "
                          f"{source.count(mutant.old)} times and must have it once; mend mutants.py")
-    path.write_bytes(source.replace(mutant.old, mutant.new).encode())
-    return sandbox
-
-
-def run_mutants(mutants: list[Mutant], jobs: int, limit: float = 120.0) -> list[list[dict]]:
-    """For each mutant the verdicts on all exercises, whose tests share a process."""
-    with tempfile.TemporaryDirectory() as temporary:
-        sandboxes = [plant(mutant, Path(temporary) / str(i)) for i, mutant in enumerate(mutants)]
-        outcomes = run_all([(sandbox, EXERCISES) for sandbox in sandboxes], limit, jobs)
-    return [[verdict(exercise, outcome) for exercise in EXERCISES] for outcome in outcomes]
+    return files | {name: source.replace(mutant.old, mutant.new).encode()}
 
 
 def caught(mutant: Mutant, verdicts: list[dict]) -> bool:
@@ -310,14 +298,18 @@ def caught(mutant: Mutant, verdicts: list[dict]) -> bool:
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=CORES, help="at a time (default: one for each core)")
-    parser.add_argument("--every", type=int, default=1, help="only each N-th mistake (default 1: all)")
+    whole = number(int, 1, 1000)
+    parser.add_argument("--jobs", type=whole, default=CORES, help="at a time (default: one for each core)")
+    parser.add_argument("--every", type=whole, default=1, help="only each N-th mistake (default 1: all)")
     args = parser.parse_args(argv)
     planted = MUTANTS[::args.every]
     try:
-        results = run_mutants(planted, args.jobs)
+        files = [plant(mutant) for mutant in planted]
     except ValueError as error:
         sys.exit(f"error: {error}")
+    # all exercises' tests on one mistake share a process
+    outcomes = run_all([(given, EXERCISES) for given in files], 120.0, args.jobs)
+    results = [[verdict(exercise, outcome) for exercise in EXERCISES] for outcome in outcomes]
     print(f"exercise  file         {'planted mistake':56}  caught by")
     for mutant, verdicts in zip(planted, results):
         own = verdicts[mutant.exercise - 1]
@@ -330,4 +322,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

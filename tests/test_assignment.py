@@ -2,10 +2,12 @@
 
 import ast
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import grade
@@ -88,7 +90,8 @@ def test_no_formula_of_a_solution_stands_anywhere_in_the_handout(student):
 
 # what handed-out files name although it is not there: parts of the project that the handout's README says are missing
 NOT_HANDED_OUT = ("recipes/", "tests/test_fast.py")
-WRITTEN_BY_RUNS = ("samples.md", "/samples.md", "README.md")  # the last one in the directory of a saved policy
+# by runs, the last of them in the directory of a saved policy; by the grader, beside the tests
+WRITTEN = ("samples.md", "/samples.md", "README.md", "canary.py")
 
 
 def lost_names(student: Path, path: Path, text: str) -> list[str]:
@@ -96,7 +99,7 @@ def lost_names(student: Path, path: Path, text: str) -> list[str]:
     names = re.findall(r"[\w./-]*\w\.(?:py|md|txt|toml)\b", text)
     places = student, path.parent, student / "assignment" / "tests"
     return [name for name in names if not (any((place / name).exists() for place in places)
-                                           or name.startswith(NOT_HANDED_OUT) or name in WRITTEN_BY_RUNS)]
+                                           or name.startswith(NOT_HANDED_OUT) or name in WRITTEN)]
 
 
 def test_every_file_that_is_named_in_the_handout_is_there(student):
@@ -159,57 +162,13 @@ def test_the_table_of_exercises_is_the_one_in_the_readme():
 # the grader
 
 
-def test_the_handout_as_it_is_gets_0_points_and_nothing_crashes(student, tmp_path, capsys):
-    grade.main([str(student), "--json", str(tmp_path / "report.json")])
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert (report["points"], report["of"]) == (0, 100)
-    assert [path.name for path in tmp_path.iterdir()] == ["report.json"], "nothing half-written is left"
-    assert all(row["note"] == "not written yet" and row["problem"] is None for row in report["exercises"])
-    printed = capsys.readouterr().out
-    assert printed.count("not written yet") == len(EXERCISES) and printed.endswith("0 /100\n")
-
-
-def test_each_exercise_can_be_done_and_graded_alone(student, tmp_path):
-    """Everything is undone but one exercise, which gets its points."""
-    tasks = []
-    for exercise in EXERCISES:
-        sandbox = grade.make_sandbox(student, tmp_path / str(exercise.number))
-        for module in exercise.modules:
-            source = (ROOT / f"{module}.py").read_text(encoding="utf-8")
-            others = {name: text for name, text in handout.wanted_of(module).items()
-                      if f"{module}.{name}" not in exercise.functions}
-            (sandbox / f"{module}.py").write_text(handout.without_bodies(source, others), encoding="utf-8")
-        tasks.append((sandbox, [exercise]))
-    for exercise, outcome in zip(EXERCISES, grade.run_all(tasks, 60, 2)):
-        verdict = grade.verdict(exercise, outcome)
-        assert verdict["points"] == exercise.points, verdict
-
-
-def test_what_is_missing_of_an_exercise_is_named(student, tmp_path):
-    """And nothing that is there is called missing."""
-    cases = [  # exercise, the functions that are written, the note
-        (1, {"lm.LM.token_logps", "lm.LM.logps"}, "0 of 10 tests pass; lm.LM.response_logits is not written"),
-        (2, {"dpo.dpo_loss"}, "5 of 6 tests pass; coverage.dpo is not written"),
-        (11, {"coverage.tilt", "coverage.log_partition", "coverage.kl"},
-         "7 of 10 tests pass; coverage.V and coverage.J are not written"),
-        (14, set(), "not written yet")]
-    tasks = []
-    for number, written, _ in cases:
-        sandbox = grade.make_sandbox(student, tmp_path / str(number))
-        for module in EXERCISES[number - 1].modules:
-            source = (ROOT / f"{module}.py").read_text(encoding="utf-8")
-            missing = {name: text for name, text in handout.wanted_of(module).items()
-                       if f"{module}.{name}" not in written}
-            (sandbox / f"{module}.py").write_text(handout.without_bodies(source, missing), encoding="utf-8")
-        tasks.append((sandbox, [EXERCISES[number - 1]]))
-    for (number, _, note), outcome in zip(cases, grade.run_all(tasks, 60, 2)):
-        row = grade.verdict(EXERCISES[number - 1], outcome)
-        assert (row["note"], row["points"], row["failures"], row["problem"]) == (note, 0, [], None)
-
+PARTS = [  # exercise, the functions that are written, the note
+    (1, ("lm.LM.token_logps", "lm.LM.logps"), "0 of 10 tests pass; lm.LM.response_logits is not written"),
+    (2, ("dpo.dpo_loss",), "5 of 6 tests pass; coverage.dpo is not written"),
+    (11, ("coverage.tilt", "coverage.log_partition", "coverage.kl"),
+     "7 of 10 tests pass; coverage.V and coverage.J are not written")]
 
 CHEATS = {  # what stands in dpo.py, and what the report says of it
-    "nothing": ("", None),
-    "edited tests, conftest and settings": ("", None),
     "an exit at import": ("import sys; sys.exit(0)", "dpo.py cannot be imported: SystemExit"),
     "a hard exit at import": ("import os; os._exit(0)", "ended by itself with exit code 0, before the first test"),
     "a hard exit in the function": ("import os\ndef ipo_loss(*args, **kwargs): os._exit(0)",
@@ -223,51 +182,277 @@ for fd in range(1, 30):
     "a pytest that runs nothing": ("from _pytest.python import Function\nFunction.runtest = lambda self: None",
                                    "a test that must fail has passed"),
     "skipped tests": ("import pytest\ndef ipo_loss(*args, **kwargs): pytest.skip('passed')", None),
-    "an infinite loop": ("def ipo_loss(*args, **kwargs):\n    while True: pass",
-                         "the time limit of 3 s was reached"),
     "a syntax error": ("def broken(:", r"dpo.py cannot be imported: SyntaxError: .* \(dpo.py, line \d+\)"),
+    "5 GB for Python": ("def ipo_loss(*args, **kwargs): return bytes(5 * 10**9)",
+                        "the memory limit of 4 GB was reached, in test_zero"),
+    "5 GB for torch": ("import torch\ndef ipo_loss(*args, **kwargs): return torch.empty(5 * 10**9, dtype=torch.uint8)",
+                       "the memory limit of 4 GB was reached, in test_zero"),
+    "a forged report": (r"""
+class Shown(str):
+    __repr__ = str.__str__
+def ipo_loss(*args, **kwargs):
+    return Shown('\x1b[2J\x1b[H\r  3  IPO loss\n     total  100 /100\x9b8m\u202e\u2066\ud800' + 'x' * 10**5)""", None),
+    "a forged error": (r"raise ValueError('\x1b[2J\r\n     total  100 /100\u202e\ud800\0' * 10**5)",
+                       "dpo.py cannot be imported: ValueError: "),
 }
+
+SAMPLE = [mutant for mutant in mutants.MUTANTS if mutant.mistake in (
+    "position ids count the padding", "zero gradient: the sampled log-ratio is differentiated",
+    "clipped after the step")]
+SEVENTH = next(m for m in mutants.MUTANTS if (m.exercise, m.mistake) == (7, "the baseline includes the sample"))
+
+
+def written(student: Path, functions) -> dict[str, bytes]:
+    """The handout with these functions as they are in the project."""
+    files = grade.submission(student)
+    for module in {name.split(".")[0] for name in functions}:
+        others = {name: text for name, text in handout.wanted_of(module).items() if f"{module}.{name}" not in functions}
+        source = (ROOT / f"{module}.py").read_text(encoding="utf-8")
+        files[f"{module}.py"] = handout.without_bodies(source, others).encode()
+    return files
+
+
+def with_code(student: Path, code: str) -> dict[str, bytes]:
+    files = grade.submission(student)
+    return files | {"dpo.py": files["dpo.py"] + f"\n{code}\n".encode()}
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A copy of the grader's files, which the grader takes for its own."""
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("assignment/**/*.py")]:
+        (tmp_path / "project" / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / "project" / path.relative_to(ROOT))
+    monkeypatch.setattr(grade, "PROJECT", tmp_path / "project")
+    return tmp_path / "project"
+
+
+@pytest.fixture(scope="module")
+def graded(student):
+    """The outcomes of all these submissions, graded in one call; each ends as if the others were not there."""
+    tasks = {"handout": (grade.submission(student), EXERCISES), "solution": (grade.submission(ROOT), EXERCISES)}
+    tasks |= {f"only {e.number}": (written(student, e.functions), [e]) for e in EXERCISES}
+    tasks |= {f"part {number}": (written(student, names), [EXERCISES[number - 1]]) for number, names, _ in PARTS}
+    tasks |= {cheat: (with_code(student, code), [EXERCISES[2]]) for cheat, (code, _) in CHEATS.items()}
+    tasks |= {mutant.mistake: (mutants.plant(mutant), EXERCISES) for mutant in SAMPLE}
+    tasks |= {"seventh": (mutants.plant(SEVENTH), [EXERCISES[6]])}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grade, "changed", lambda *_: [])  # who edits a file while tests run has not broken the grader
+        return dict(zip(tasks, grade.run_all(list(tasks.values()), 60, 2)))
+
+
+def test_the_handout_as_it_is_gets_0_points_and_nothing_crashes(student, graded, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(grade, "run_all", lambda *_: [graded["handout"]] * len(EXERCISES))
+    grade.main([str(student), "--json", str(tmp_path / "report.json")])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["points"], report["of"]) == (0, 100)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"], "nothing half-written is left"
+    assert all(row["note"] == "not written yet" and row["problem"] is None for row in report["exercises"])
+    printed = capsys.readouterr().out
+    assert printed.count("not written yet") == len(EXERCISES) and printed.endswith("0 /100\n")
+
+
+def test_each_exercise_can_be_done_and_graded_alone(graded):
+    """Everything is undone but one exercise, which gets its points."""
+    for exercise in EXERCISES:
+        verdict = grade.verdict(exercise, graded[f"only {exercise.number}"])
+        assert verdict["points"] == exercise.points, verdict
+
+
+def test_what_is_missing_of_an_exercise_is_named(graded):
+    """And nothing that is there is called missing."""
+    for number, _, note in PARTS:
+        row = grade.verdict(EXERCISES[number - 1], graded[f"part {number}"])
+        assert (row["note"], row["points"], row["failures"], row["problem"]) == (note, 0, [], None)
 
 
 @pytest.mark.parametrize("cheat", CHEATS)
-def test_no_points_without_a_solution(student, tmp_path, cheat):
-    code, problem = CHEATS[cheat]
-    copy = shutil.copytree(student, tmp_path / "copy")
-    with open(copy / "dpo.py", "a", encoding="utf-8") as file:
-        file.write("\n" + code + "\n")
-    if cheat.startswith("edited"):
-        (copy / "assignment" / "tests" / "test_03_ipo_loss.py").write_text("def test_fine(): pass\n")
-        (copy / "conftest.py").write_text("def pytest_collection_modifyitems(items): items.clear()\n")
-        (copy / "pytest.ini").write_text("[pytest]\naddopts = --collect-only\n")
-    report = grade.grade(copy, [EXERCISES[2]], limit=3.0 if "loop" in cheat else 60.0)
-    row, = report["exercises"]
-    assert report["points"] == 0
+def test_no_points_without_a_solution(graded, cheat):
+    row, problem = grade.verdict(EXERCISES[2], graded[cheat]), CHEATS[cheat][1]
+    assert row["points"] == 0
     assert row["problem"] is None if problem is None else re.search(problem, row["problem"]), row
-    if cheat == "an infinite loop":
-        assert "0 of 5 tests pass" in grade.text_of(report)
 
 
-def test_a_failure_says_equation_input_expected_got_and_a_hint_as_in_the_readme(tmp_path):
-    mutant = next(m for m in mutants.MUTANTS if (m.exercise, m.mistake) == (7, "the baseline includes the sample"))
-    text = grade.text_of(grade.grade(mutants.plant(mutant, tmp_path / "project"), [EXERCISES[6]]))
+def test_what_a_submission_says_is_shown_and_does_nothing_to_the_terminal(graded):
+    """Neither colours and cleared screens, nor forged lines, nor text that runs backwards, nor a text without end."""
+    for cheat in "a forged report", "a forged error":
+        report = grade.report_on(Path("\x1b[2J"), [EXERCISES[2]], [graded[cheat]])
+        shown = grade.text_of(report)
+        assert r"\x1b[2J" in shown and r"\u202e\u" in shown and r"\ud800" in shown
+        assert all(line.isprintable() and line.isascii() for line in shown.split("\n"))
+        assert shown.count("total") == shown.count("\n     total") + shown.count(r"\n     total") and len(shown) < 10**4
+        stored = json.dumps(report)
+        assert json.loads(stored) == report and r"\u001b" not in stored and r'\ud800' not in stored.replace(r"\\", "")
+
+
+def test_a_failure_says_equation_input_expected_got_and_a_hint_as_in_the_readme(graded):
+    text = grade.text_of(grade.report_on(ROOT, [EXERCISES[6]], [graded["seventh"]]))
     shown, = re.findall(r"^```\n(Exercise 7.*?)^```", HANDOUT, flags=re.M | re.S)
     assert text.startswith(shown) and "0 /  5   0 of 4 tests pass" in text
     assert all(word in shown for word in ("equation", "hint", "input", "expected", "got"))
 
 
-def test_what_cannot_be_graded_is_a_sentence(tmp_path, capsys):
-    with pytest.raises(SystemExit, match="error: .* has no coverage.py; name the directory of the assignment"):
-        grade.main([str(tmp_path)])
-    with pytest.raises(SystemExit):
-        grade.main([str(tmp_path), "--only", "99"])
-    assert "the exercises are 1 to 14" in capsys.readouterr().err
+def runs(path: Path) -> bool:
+    """Does the process run that has written its number there? A zombie does not."""
+    stat = Path(f"/proc/{path.read_text()}/stat")
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def within(seconds: float, true) -> bool:
+    end = time.monotonic() + seconds
+    while not true() and time.monotonic() < end:
+        time.sleep(0.01)
+    return true()
+
+
+def daemon(path: Path, then: str) -> str:
+    """Code that starts a process without a parent and in no group of ours, which runs for a minute, and goes on."""
+    return f"""
+import os, time
+def ipo_loss(*args, **kwargs):
+    if not os.fork():
+        os.setsid()
+        if not os.fork():
+            with open({str(path) + "~"!r}, 'w') as file: file.write(str(os.getpid()))
+            os.rename({str(path) + "~"!r}, {str(path)!r})
+            time.sleep(60)
+        os._exit(0)
+    while not os.path.exists({str(path)!r}): time.sleep(0.01)
+    {then}"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere only a process group can be ended")
+def test_code_that_attacks_the_grader(student, project, tmp_path, monkeypatch):
+    """It writes the grader's files, outlives its time, kills the server; it earns nothing and harms nobody else.
+
+    Nor does what stands in the directory where the grader is started.
+    """
+    for name in "torch.py", "socket.py", "conftest.py":
+        (tmp_path / name).write_text("import os; os._exit(0)")
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --collect-only\n")
+    monkeypatch.chdir(tmp_path)
+    bad = dict.fromkeys(("check.py", "child.py", "exercises.py", "grade.py", "tabnanny.py"), "import os; os._exit(0)")
+    bad["tests/test_03_ipo_loss.py"] = "".join(
+        f"def {name}(): pass\n" for name in re.findall(r"def (test_\w+)", EXERCISES[2].tests.read_text()))
+    bad["tests/test_07_rloo.py"] = "def test_three_samples_by_hand(): pass\n"
+    writes = f"""
+import pathlib, child
+for place in {str(project)!r}, pathlib.Path(child.__file__).parents[1]:
+    pathlib.Path(place, 'assignment/tests').mkdir(exist_ok=True)
+    for name, text in {bad}.items(): pathlib.Path(place, 'assignment', name).write_text(text)
+pathlib.Path({str(project)!r}, 'run.py').unlink()
+"""
+    kills = f"""
+    stat = '/proc/' + open({str(tmp_path / "1")!r}).read() + '/stat'
+    while open(stat).read().rpartition(')')[2].split()[0] != 'Z': time.sleep(0.01)  # the first one's daemon
+    os.kill(os.getppid(), 9)
+    os._exit(0)"""
+    before = grade.grader_files()
+    tasks = [(with_code(student, daemon(tmp_path / "1", "time.sleep(60)")), 3),  # beside it the others, one by one
+             (with_code(student, writes), 3), (with_code(student, "import tabnanny"), 3),
+             (written(student, EXERCISES[6].functions), 7), (with_code(student, daemon(tmp_path / "2", kills)), 3)]
+    outcomes = grade.run_all([(given, [EXERCISES[n - 1]]) for given, n in tasks], 6.0, 2)
+    names = [*sorted(f"assignment/{name}" for name in bad), "run.py"]
+    told = f"files of the grader were changed while a submission ran: {', '.join(names)}"
+    rows = [grade.verdict(EXERCISES[n - 1], outcome) for (_, n), outcome in zip(tasks, outcomes)]
+    assert [(row["points"], row["note"], row["problem"]) for row in rows] == [(0, note, told) for note in (
+        "0 of 5 tests pass", "not written yet", "not written yet", "4 of 4 tests pass", "0 of 5 tests pass")]
+    assert outcomes[0]["end"] == "the time limit of 6 s was reached"
+    assert outcomes[4]["end"].startswith("the process ended by itself")
+    assert not runs(tmp_path / "1") and not runs(tmp_path / "2")
+    assert grade.changed(before, put_back=True) == names
+    assert grade.grader_files() == before, "the next call is not fooled either"
+    assert (project / "assignment" / "tabnanny.py.changed").read_text() == bad["tabnanny.py"]
+
+
+def test_the_command_says_that_its_files_were_changed_and_puts_them_back(student, graded, project, monkeypatch):
+    def spoil(*_):
+        (project / "run.py").write_text("spoiled")
+        return [graded["only 3"]]
+
+    monkeypatch.setattr(grade, "run_all", spoil)
+    with pytest.raises(SystemExit, match=r"error: run.py: changed while .* no points"):
+        grade.main([str(student), "--only", "3"])
+    assert (project / "run.py").read_bytes() == (ROOT / "run.py").read_bytes()
+    assert (project / "run.py.changed").read_text() == "spoiled"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere only a process group can be ended")
+def test_nothing_runs_on_when_the_grader_itself_is_killed(student, tmp_path):
+    for name, content in with_code(student, daemon(tmp_path / "pid", "time.sleep(60)")).items():
+        (tmp_path / name).write_bytes(content)
+    grader = subprocess.Popen([sys.executable, ROOT / "assignment" / "grade.py", tmp_path, "--only", "3"])
+    assert within(60, (tmp_path / "pid").exists) and runs(tmp_path / "pid")
+    grader.kill()
+    grader.wait()
+    assert within(10, lambda: not runs(tmp_path / "pid"))
+
+
+@pytest.mark.parametrize("flags, told", [
+    ("--limit nan", "--limit: must be a number from 1 to 86400, got 'nan'"), ("--limit inf", "--limit: must be a"),
+    ("--limit 0", "--limit: must be a number"), ("--memory 1e400", "--memory: must be a number from 0.1 to"),
+    ("--jobs 0", "--jobs: must be a whole number from 1 to 1000, got '0'"), ("--jobs 1.5", "--jobs: must be a whole"),
+    ("--only 99", "--only: the exercises are 1 to 14"), ("--json {tmp}", "--json {tmp} cannot be written: it is there"),
+    ("--json {tmp}/no/r.json", "--json {tmp}/no/r.json cannot be written: No such file or directory")])
+def test_a_flag_that_cannot_be_is_a_sentence_before_anything_runs(student, tmp_path, capsys, monkeypatch, flags, told):
+    monkeypatch.delattr(grade, "run_all")
+    with pytest.raises(SystemExit) as ended:
+        grade.main([str(student), *flags.format(tmp=tmp_path).split()])
+    assert ended.value.code == 2 and told.format(tmp=tmp_path) in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_graded_is_a_sentence(tmp_path):
+    for directory in tmp_path, tmp_path / "no", tmp_path / "\x1b[2J":
+        with pytest.raises(SystemExit, match=r"^error: [\w/\\\[-]* has no coverage.py; name the directory of the"):
+            grade.main([str(directory)])
+    for flag in "--jobs", "--every":
+        with pytest.raises(SystemExit, match="2"):
+            mutants.main([flag, "0"])
+
+
+def test_a_report_is_not_lost_when_its_file_cannot_be_written(student, graded, tmp_path, capsys, monkeypatch):
+    def vanish(*_):
+        (tmp_path / "there").rmdir()
+        return [graded["only 3"]]
+
+    (tmp_path / "there").mkdir()
+    monkeypatch.setattr(grade, "run_all", vanish)
+    with pytest.raises(SystemExit, match="^error: --json .*/r.json could not be written: No such file .* is above$"):
+        grade.main([str(student), "--only", "3", "--json", str(tmp_path / "there" / "r.json")])
+    assert capsys.readouterr().out.endswith("4 /  4\n")
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError])
+def test_a_bug_of_the_grader_keeps_its_trace(student, monkeypatch, error):
+    def broken(*_):
+        raise error("a bug")
+
+    monkeypatch.setattr(grade, "run_all", broken)
+    with pytest.raises(error, match="a bug"):
+        grade.main([str(student)])
+
+
+@pytest.mark.parametrize("command, unbuffered", [
+    ("mutants.py --help", ""), ("-c import\tgrade;grade.run_command(lambda:print('report'))", ""),
+    ("-c import\tgrade;grade.run_command(lambda:print('report'))", "1")])
+def test_the_output_ends_quietly_when_nobody_reads_it(command, unbuffered):
+    ours, theirs = os.pipe()
+    os.close(ours)
+    done = subprocess.run([sys.executable, *command.split(" ")], cwd=ROOT / "assignment", stdout=theirs,
+                          stderr=subprocess.PIPE, env=os.environ | {"PYTHONUNBUFFERED": unbuffered})
+    os.close(theirs)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 # ---------------------------------------------------------------------------------------------------
 # planted mistakes: the whole table is `python assignment/mutants.py`
 
 
-def test_every_planted_mistake_is_still_possible(tmp_path):
+def test_every_planted_mistake_is_still_possible():
     assert len(mutants.MUTANTS) >= 125
     assert {mutant.exercise for mutant in mutants.MUTANTS} == {exercise.number for exercise in EXERCISES}
     sources = {module: (ROOT / f"{module}.py").read_text(encoding="utf-8") for module in MODULES}
@@ -281,17 +466,12 @@ def test_every_planted_mistake_is_still_possible(tmp_path):
         assert any(node.lineno <= first <= last <= node.end_lineno for node in own), (
             f"{mutant} is not in a function of its exercise")
     with pytest.raises(ValueError, match="has its old text 0 times"):
-        mutants.plant(mutants.MUTANTS[0]._replace(old="no such text"), tmp_path / "project")
+        mutants.plant(mutants.MUTANTS[0]._replace(old="no such text"))
 
 
-def test_the_solution_passes_and_planted_mistakes_are_caught_where_they_belong():
-    nothing = mutants.Mutant(1, "lm", "def logps(", "none", "def logps(")
-    sample = [mutant for mutant in mutants.MUTANTS if mutant.mistake in (
-        "position ids count the padding", "zero gradient: the sampled log-ratio is differentiated",
-        "a local score: each token weighed by its own log-ratio", "clipped after the step",
-        "the radius is not divided by rho(x)")]
-    assert len(sample) == 5
-    solution, *others = mutants.run_mutants([nothing, *sample], jobs=2)
-    assert sum(row["points"] for row in solution) == 100
-    for mutant, verdicts in zip(sample, others):
+def test_the_solution_passes_and_planted_mistakes_are_caught_where_they_belong(graded):
+    assert sum(grade.verdict(exercise, graded["solution"])["points"] for exercise in EXERCISES) == 100
+    assert len(SAMPLE) == 3
+    for mutant in SAMPLE:
+        verdicts = [grade.verdict(exercise, graded[mutant.mistake]) for exercise in EXERCISES]
         assert mutants.caught(mutant, verdicts), (mutant, verdicts)
