@@ -217,7 +217,9 @@ def preferences(args, ref: LM, judge) -> tuple[list[Encoded], list[str], list[En
         return encoded[0], prompts_of(train), encoded[1], prompts_of(held_out)
     prompts, held_out_prompts = (read_prompts(args.data, ref, args.max_new_tokens) if args.data
                                  else world.world_prompts())
-    encode_prompt(ref, max(prompts, key=len), f"--data {args.data or 'world'}", args.max_new_tokens)
+    if args.data is None and ref.context_length < args.max_new_tokens + 32:  # for any prompt there
+        raise UserError(f"--max-new-tokens {args.max_new_tokens}: the context of --model {args.model} "
+                        f"is {ref.context_length} tokens, and 32 of them are for the prompt")
     # labels of a task are without noise, as in the DPO paper's experiment on sentiment
     sure, n_held_out = args.data is not None, 256 if args.model == "tiny" else args.eval_samples
 
@@ -238,7 +240,7 @@ def preferences(args, ref: LM, judge) -> tuple[list[Encoded], list[str], list[En
             fingerprint(ref.source), fingerprint(args.data), fingerprint(args.judge), args.pairs,
             args.seed, args.dtype, args.device, args.max_new_tokens, args.eval_samples, args.plain,
             args.batch_size, args.micro_batch],  # log-probs are those of the same batches, to the bit
-            lambda file: write_pairs(file, sampled()))
+            lambda file: write_pairs(file, sampled(), "HYPO_CACHE"))
         print(f"pairs: two samples of pi_ref to each of {args.pairs} prompts, labelled, in {file}")
         pairs = read_pairs(file)
         if len(pairs) != args.pairs + n_held_out:
@@ -285,9 +287,9 @@ def add_ref_logps(ref: LM, pairs: Sequence[Encoded]) -> list[Encoded]:
     return [pair._replace(ref_chosen=c, ref_rejected=r) for pair, (c, r) in zip(pairs, logps)]
 
 
-def write_pairs(path, pairs: Iterable[Encoded]) -> None:
+def write_pairs(path, pairs: Iterable[Encoded], flag: str = "--out") -> None:
     """Encoded pairs as JSONL."""
-    run.write_rows(path, [pair._asdict() for pair in pairs])
+    run.write_rows(path, [pair._asdict() for pair in pairs], flag)
 
 
 def read_pairs(path) -> list[Encoded]:

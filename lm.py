@@ -143,7 +143,11 @@ class Network(torch.nn.Module):
         self.batch_size = batch_size  # pairs in a pass without a gradient: as many as in a step
         self.source = source  # the directory or hub name that it was loaded from
         self.eos_id: int = tokenizer.eos_token_id
-        self.context_length = context_length(model.config)
+        config = getattr(model.config, "text_config", None) or model.config  # of one that also sees
+        self.context_length: int = getattr(config, "max_position_embeddings", None) or 10**9
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type") in ("longrope", "dynamic"):  # beyond, the batch's longest row decides
+            self.context_length = rope.get("original_max_position_embeddings", self.context_length)
         # Llama 2 and Mistral put a space before every text. A response is no start of a text: it is
         # encoded and decoded behind a line break, which is then taken off.
         encode = functools.partial(tokenizer.encode, add_special_tokens=False)
@@ -400,16 +404,6 @@ class LM(Network):
 
 
 # ---- models from outside
-
-def context_length(config) -> int:
-    """The longest text, in tokens, for which a row's log-probs depend on that row alone."""
-    config = getattr(config, "text_config", None) or config  # of a model that also sees
-    longest = getattr(config, "max_position_embeddings", None) or 0  # XLNet says -1
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("longrope", "dynamic"):  # beyond, the batch's longest row decides
-        longest = rope.get("original_max_position_embeddings", longest)
-    return longest if longest > 0 else 10**9
-
 
 def read_model(kind, what: str, name: str):
     """(model, tokenizer) of a directory or a hub name, the weights in float32 as the files have them.

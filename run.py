@@ -95,8 +95,9 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
     return read
 
 
-COUNT = number(int, 1, 10**7)
+COUNT, SEED = number(int, 1, 10**7), number(int, 0, 2**32 - 1)
 NUMBER, POSITIVE = number(float, 0), number(float, 0, above=True)
+ZERO_OR_COUNT = number(int, 0, 10**7)
 
 
 def parser(doc: str | None, beta: Callable = POSITIVE):
@@ -122,9 +123,8 @@ def parser(doc: str | None, beta: Callable = POSITIVE):
     add("--judge", help="who judges responses: golden, vader, a directory, task (the one that "
         "--data names) or none; judges.py says more (default task, golden in the world, none for "
         "pairs from a file; rlhf.py trains its own)")
-    add("--sft-steps", type=number(int, 0, 10**7), help="steps of fine-tuning on the texts of --data "
-        "that make a pretrained model pi_ref, done once and kept (default 200; 0 for the policy of "
-        "a run)")
+    add("--sft-steps", type=ZERO_OR_COUNT, help="steps of fine-tuning on the texts of --data that "
+        "make a pretrained model pi_ref, done once and kept (default 200; 0 for the policy of a run)")
     add("--max-new-tokens", type=COUNT, default=24, help="longest response, in tokens (default 24)")
     add_run_flags(p)
     return p, of_algorithm
@@ -133,8 +133,7 @@ def parser(doc: str | None, beta: Callable = POSITIVE):
 def add_run_flags(p: argparse.ArgumentParser) -> None:
     """The flags that say how a run is watched and where it runs."""
     add = p.add_argument_group("the run").add_argument
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="decides everything random "
-        "(default 0)")
+    add("--seed", type=SEED, default=0, help="decides everything random (default 0)")
     add("--eval-every", type=COUNT, default=50, help="evaluate and checkpoint every this many steps "
         "(default 50; rlhf.py 20)")
     add("--eval-samples", type=COUNT, help="responses to evaluate (default 512 for tiny, else 64)")

@@ -1030,7 +1030,7 @@ KINDS["paths and output"] = [
     refused("cache: a file, pairs alone", "hypo", "HYPO_CACHE",
             given=[file("notes.txt"), environment(HYPO_CACHE="notes.txt")]),
     refused("a working directory that is gone", "hypo --model=tiny", given=[small_builtin(), nowhere()]),
-    refused("a full disk: the first metrics", "hypo --out out", "out", given=[disk_of(100)]),
+    refused("a full disk: the first file", "hypo --data pairs.jsonl --out out", "--out out", given=[disk_of(600)]),
     refused("a full disk: the checkpoint", "hypo --data pairs.jsonl --out out", "out", given=[disk_of(30_000)]),
     refused("a full disk: SFT", "hypo --data task --pairs 4 --sft-steps 1", "cache", given=[disk_of(10_000)]),
     *(refused(f"picture: {what}", f"eval finished --out {path}", path, given=given) for what, path, given in [

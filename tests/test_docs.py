@@ -29,7 +29,8 @@ SOURCES = [f"{name}.py" for name in TOP] + sorted(
 
 # what a run writes or a user brings, so it need not be here
 OUTPUTS = {
-    "metrics.jsonl", "summary.json", "curve.png", "samples.md", "responses.jsonl", "checkpoint.pt", "goodhart.png",
+    "metrics.jsonl", "inputs.json", "summary.json", "curve.png", "samples.md", "responses.jsonl", "checkpoint.pt",
+    "goodhart.png",
     "task.json", "sft.jsonl", "prompts.jsonl", "held_out_prompts.jsonl", "pairs.jsonl", "held_out_pairs.jsonl",
     "judge.json", "job.json", "log.txt", "stream.jsonl", "config.json", "tokenizer_config.json", "tokenizer.json",
     "model.safetensors", "report.json", "anna.json", "NAME.json", "vaderSentiment-3.3.2.tar.gz", "module.py"}
@@ -356,7 +357,7 @@ ARROWS = {
     "coverage": set(), "eval": {"judges", "lm", "run"}, "lm": set(), "world": set(), "run": set(),
     "data": {"world", "lm", "fast", "judges", "run"}, "judges": {"world", "lm"}, "fast": {"lm"},
 }
-LATER = {"coverage": {"experiments"}}  # inside functions
+LATER = {"coverage": {"experiments", "run"}}  # inside functions
 
 
 def imported(nodes) -> set[str]:
