@@ -46,6 +46,7 @@ import numpy as np
 import torch
 
 INF = math.inf
+TINY = 5e-324  # the least float above 0, for a probability that rounds to 0: inf times it is inf
 
 
 # ---- definitions: policies, rewards, values, losses
@@ -61,7 +62,7 @@ class Bandit(NamedTuple):
 
 def inner(pi, values):
     """(X,) sum over y of pi(y|x) values(x, y), where what has probability 0 does not count."""
-    return (pi.exp() * values.masked_fill(pi == -INF, 0)).sum(-1)
+    return (pi.exp().clamp(min=TINY) * values.masked_fill(pi == -INF, 0)).sum(-1)
 
 
 def average(rho, values):
@@ -80,8 +81,9 @@ def mean_pairs(rho, mu, values):
 
 
 def differences(table):
-    """(X, Y, Y) table(x, y) - table(x, z)."""
-    return table[:, :, None] - table[:, None, :]
+    """(X, Y, Y) table(x, y) - table(x, z); inf - inf, as of a response with itself, is 0."""
+    y, z = table[:, :, None], table[:, None, :]
+    return (y - z).masked_fill((y == z) & y.isinf(), 0)
 
 
 def kl(rho, pi, other):
@@ -156,8 +158,8 @@ def preference_loss(b, logratio, loss):
     # logratio: (X, Y) log pi / pi_ref, or a reward model over beta. Only its differences count, and
     # only on responses that mu has. This is all that Proposition 4.1 uses of a loss
     h = differences(logratio.masked_fill(b.mu == -INF, 0))  # (X, Y, Y), as if y had won against z
-    wins = differences(b.reward).sigmoid()  # (X, Y, Y) P(y beats z)
-    return mean_pairs(b.rho, b.mu, wins * loss(h, b.beta) + (1 - wins) * loss(-h, b.beta))
+    wins, loses = (differences(r).sigmoid().clamp(min=TINY) for r in (b.reward, -b.reward))
+    return mean_pairs(b.rho, b.mu, wins * loss(h, b.beta) + loses * loss(-h, b.beta))
 
 
 # ---- how a statement is written down
@@ -233,8 +235,9 @@ def local_coverage(rho, ref, eps_kl, mu=None):
     low, high = torch.zeros_like(ref), -ref.masked_fill(~covered, 0)  # log(a / p): a = p to a = 1
     for _ in range(60):
         middle = (low + high) / 2
-        a = (p.log() + middle).exp().clamp(max=1)
-        cost = a * middle + torch.special.xlog1py(1 - a, -a) - torch.special.xlog1py(1 - a, -p)
+        a = (ref + middle).exp().clamp(max=1)
+        rise = -a * torch.expm1(-middle)  # a - p; as a difference it would lose its digits
+        cost = a * middle + torch.special.xlog1py(1 - a, -(rise / (1 - p)).clamp(max=1))
         inside = cost <= radius
         low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
     return (ref + high - (ref if mu is None else mu))[covered].exp().max()
@@ -254,9 +257,7 @@ def pointwise_error(rho, mu, reward, r_hat, c=None):
 def pairwise_error(rho, mu, reward, r_hat):
     """Assumption 4.3 as labels identify it: E_{x; y, z ~ mu} (D(y) - D(z))^2. c(x) cancels."""
     # equals 2 E_x Var_mu(D); the pointwise error at the best c(x) is E_x Var_mu(D)
-    # inf - inf is an unseen response with itself: a number is needed, to be multiplied by 0
-    difference = differences(reward - r_hat).nan_to_num(nan=0.0, posinf=INF, neginf=-INF)
-    return mean_pairs(rho, mu, difference.square())
+    return mean_pairs(rho, mu, differences(reward - r_hat).square())
 
 
 def eps_reward(b, r_hat):
@@ -305,10 +306,10 @@ def proposition_4_1(b, pi):
     A KL does not grow when responses are merged into seen and unseen. The KL of these two coins is
     at least m log(1 / pi_ref(unseen)) - log 2.
     """
-    unseen = b.mu == -INF
-    m, rare = (torch.where(unseen, table.exp(), 0.0).sum(-1) for table in (pi, b.ref))  # (X,) each
+    seen = b.mu > -INF
+    log_m, log_rare = (table.masked_fill(seen, -INF).logsumexp(-1, True) for table in (pi, b.ref))
     best = b.reward[b.rho > 0].max() + b.beta * math.log(2)
-    return J(b, pi), best + b.beta * average(b.rho, torch.special.xlogy(m, rare))
+    return J(b, pi), best + b.beta * mean(b.rho, log_m, log_rare)
 
 
 @inequality("DPO: J(pi*) - J(pi) <= sqrt(C_glo eps_dpo) <= C_glo sqrt(eps_dpo)")
@@ -413,9 +414,8 @@ def t1_chain(b, r_hat):
     c = max(c_star, c_hat)
     t1a = mean(b.rho, pi_star, b.reward - r_hat) - mean(b.rho, pi_hat, b.reward - r_hat)
     change = pi_star.exp() - pi_hat.exp()  # (X, Y)
-    square = change.square()
-    chi = torch.where(square == 0, 0.0, square / b.mu.exp()).sum(-1)  # (X,) 0/0 is 0
-    t1b = bounds(average(b.rho, chi), eps / 2)[0]
+    ratio = torch.where(change == 0, 0.0, change * (-b.mu / 2).exp())  # its square may overflow
+    t1b = bounds(average(b.rho, ratio.square().sum(-1)), eps / 2)[0]
     t1c = bounds(c, average(b.rho, change.abs().sum(-1)) * eps / 2)[0]
     t1d = times(c_star.sqrt() * c_hat.sqrt(), eps.sqrt())  # the product c_star c_hat may overflow
     half, paper = bounds(c, eps)
@@ -585,22 +585,26 @@ def worked_example():
 
 def main(argv=None):
     """The tour, or the measurement of a trained run."""
+    import run as runs  # a command needs some of the project's other files; the theory needs none
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
-    add = parser.add_argument
+    add, several = parser.add_argument, runs.number(int, 2, 10**7)  # a spread needs two
     add("run", nargs="?", metavar="RUN", help="a run to measure; without it, the tour")
-    add("--out", type=Path, default=Path("runs/coverage"), help="where the tour's pictures go")
-    add("--prompts", type=int, default=64, help="held-out prompts of the run (default 64)")
-    add("--samples", type=int, default=64, help="samples of pi and of pi_ref for each (default 64)")
+    add("--out", type=Path, help="where the tour's pictures go (default runs/coverage)")
+    add("--prompts", type=several, help="held-out prompts of RUN (default 64)")
+    add("--samples", type=several, help="samples of pi and of pi_ref for each (default 64)")
     args = parser.parse_args(argv)
-    # the theory needs none of the project's other files, but measuring and drawing do
+    for flag in ("out",) if args.run else ("prompts", "samples"):
+        if getattr(args, flag):
+            parser.error(f"--{flag} would have no effect {'with' if args.run else 'without'} a RUN")
     if args.run:
         from experiments import coverage_of_run
-        coverage_of_run.command(args.run, args.prompts, args.samples)
+        coverage_of_run.measure(args.run, args.prompts or 64, args.samples or 64)
     else:
         from experiments import coverage_pictures
-        coverage_pictures.tour(args.out)
+        coverage_pictures.tour(args.out or Path("runs/coverage"))
 
 
 if __name__ == "__main__":
-    main()
+    from run import start
+    start(main, again="nothing of it is kept")

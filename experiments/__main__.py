@@ -43,8 +43,8 @@ import run
 from data import read_pairs
 from eval import read_metrics, read_summary, table
 from experiments import pages, stats
-from experiments.jobs import directory, run_jobs
-from experiments.setting import CLASSIFY, FINAL, Run, setting_of
+from experiments.jobs import alone, directory, run_jobs
+from experiments.setting import CLASSIFY, FINAL, Run, pairs_file, setting_of
 from experiments.studies import QUALITY, REPLAYS, STUDIES
 from lm import LM
 from world import golden_judge
@@ -63,7 +63,7 @@ def collect(options, jobs: list[Run]) -> dict:
         return [directory(options, seed, job) for seed in options.seeds]
 
     def measured(job: Run) -> list[dict]:
-        return [json.loads((folder / "job.json").read_text()) for folder in folders(job)]
+        return [run.read_json(folder / "job.json") for folder in folders(job)]
 
     trained = [job for job in jobs if job.source]
     found: dict = {"evaluations": {job.name: [
@@ -81,7 +81,7 @@ def collect(options, jobs: list[Run]) -> dict:
     for kind, arm in QUALITY.items():
         if set(arm) <= set(jobs):
             made = arm[0] if kind != "golden" else setting_of(arm[0])
-            found[f"pairs {kind}"] = [of_pairs(pairs / "pairs.jsonl", policy / "policy")
+            found[f"pairs {kind}"] = [of_pairs(pairs_file(pairs), policy / "policy")
                                       for pairs, policy in zip(folders(made), folders(arm[0]))]
     return found
 
@@ -137,21 +137,26 @@ def parse(argv):
     add("name", choices=[*STUDIES, "all", "pages", "mean"], metavar="NAME", help=", ".join(STUDIES) + ", all, pages or "
         "mean")
     add("runs", nargs="*", metavar="RUN", help="directories of runs, for mean alone")
-    add("--seeds", type=int, help="how many seeds, 0, 1, ... (default 5; with --quick 2)")
+    several = run.number(int, 1, 1000)
+    add("--seeds", type=several, help="how many seeds, 0, 1, ... (default 5; with --quick 2)")
     add("--quick", action="store_true", help="short runs on few pairs, kept apart in runs/study-quick: they show that "
         "everything works, not what comes out")
     add("--model", default="tiny", help="what to study: tiny, a transformers directory, or a hub name (default tiny)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
-    add("--jobs", type=int, help="runs at a time (default: the number of cores for tiny on the CPU, else 1)")
+    add("--jobs", type=several, help="runs at a time (default: the number of cores for tiny on the CPU, else 1)")
     options = parser.parse_args(argv)
     if bool(options.runs) != (options.name == "mean"):
         parser.error("mean needs directories of runs, and nothing else takes them")
     tiny = options.model == "tiny"
+    if options.name in ("mean", "pages") and (options.seeds or options.quick or options.jobs or not tiny):
+        parser.error(f"{options.name} makes no runs: it takes no --seeds, --quick, --model or --jobs")
+    try:
+        torch.zeros(1, device=options.device).item()
+    except Exception as error:  # each backend has its own ways to say that it is not there
+        parser.error(f"--device {options.device} cannot be used here ({str(error).partition(chr(10))[0]:.100})")
     defaults = {**(QUICK if options.quick else FULL), **({} if tiny else PRETRAINED)}
     seeds = defaults["seeds"] if options.seeds is None else options.seeds
-    if seeds < 1 or (options.jobs is not None and options.jobs < 1):
-        parser.error("--seeds and --jobs must be at least 1")
     if options.name == "scale" and not tiny:
         parser.error("scale makes built-in models of four widths: it takes no --model")
     vars(options).update(defaults, seeds=range(seeds), flags="".join([
@@ -176,19 +181,25 @@ def main(argv=None) -> None:
         pages.write_pages(Path("results"), list(STUDIES))
         pages.draw_runs(Path("results"))
         return
-    run_jobs(options, [(seed, job) for name in names for job in STUDIES[name].runs for seed in options.seeds])
-    concluded = []
-    for name in names:
-        path = options.results / f"{name}.json"
-        n = len(json.loads(path.read_text(encoding="utf-8"))["seeds"]) if path.exists() else 0
-        if n > len(options.seeds):
-            print(f"\n{path} has {n} seeds, more than these {len(options.seeds)}: it stays as it is")
-        else:
-            conclude(options, name)
-            concluded.append(name)
-    pages.write_pages(options.results, concluded)
+    with alone(options.work):
+        run_jobs(options, [(seed, job) for name in names for job in STUDIES[name].runs for seed in options.seeds])
+        concluded = []
+        for name in names:
+            path = options.results / f"{name}.json"
+            n = len(run.read_json(path)["seeds"]) if path.exists() else 0
+            if n > len(options.seeds):
+                print(f"\n{path} has {n} seeds, more than these {len(options.seeds)}: it stays as it is")
+            else:
+                conclude(options, name)
+                concluded.append(name)
+        pages.write_pages(options.results, concluded)
+
+
+def start() -> None:
+    """The command; SIGTERM ends it as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    run.start(main, again="the same command goes on where it stopped")
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the workers, too, as Ctrl-C does
-    run.start(main, again="the same command goes on where it stopped")
+    start()

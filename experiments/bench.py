@@ -214,7 +214,7 @@ def arguments(steps: int, batch_size: int, **changes) -> argparse.Namespace:
 
 def train_ours(algorithm: str, kind: type[lm.LM], path: str, pairs: list[data.Pair], args, side: Side) -> None:
     """The function that ships, with the loop of Side. kind: lm.LM or fast.FastLM."""
-    policy = kind.load(path)
+    policy = kind.load(path, batch_size=args.batch_size)
     ref, prompts = noisy(policy.frozen_copy()), [pair.prompt for pair in pairs]
     rows = data.encode(policy, pairs, 64 if policy.context_length > 64 else 32)
     start = types.SimpleNamespace(policy=policy, ref=ref, prompts=prompts, label=reward)
@@ -332,9 +332,9 @@ def sampling(path, n, batch, new=48):
                                   max_new_tokens=new, pad_token_id=policy.eos_id, eos_token_id=policy.eos_id).tolist()
 
     def sample(kind, side):
-        policy, generator = kind.load(path), torch.Generator().manual_seed(0)
+        policy, generator = kind.load(path, batch_size=batch), torch.Generator().manual_seed(0)
         for _ in side.steps(range(n + 1)):
-            policy.sample(prompts, new, generator, batch_size=batch)
+            policy.sample(prompts, new, generator)
     return measure({"generate": generate, **{name: partial(sample, kind) for name, kind in OURS.items()}}, n + 1)
 
 
@@ -409,10 +409,23 @@ def table(report: dict) -> str:
     return "\n".join(lines)
 
 
+def rows_named(pattern: str) -> list[str]:
+    """The rows whose names match the regular expression."""
+    try:
+        names = [name for name in ROWS if re.search(pattern, name)]
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{pattern!r} is no regular expression: {error}") from None
+    if not names:
+        raise argparse.ArgumentTypeError(f"no row's name matches {pattern!r}; the rows are: {'; '.join(ROWS)}")
+    return names
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="PATTERN", default="", help="rows whose names match this regular expression")
-    parser.add_argument("--n", type=int, help="steps of each row (default: 2 to 30, each row's own)")
+    parser.add_argument("--only", type=rows_named, metavar="PATTERN", default=[*ROWS],
+                        help="rows whose names match this regular expression (default: all)")
+    parser.add_argument("--n", type=run.number(int, 1, 10**4),
+                        help="steps of each row (default: 2 to 30, each row's own)")
     parser.add_argument("--out", type=Path, default=Path("runs/bench.json"), help="the file of figures, made anew "
                         "(default runs/bench.json; the published ones are in results/bench.json)")
     args = parser.parse_args(argv)
@@ -420,16 +433,17 @@ def main(argv=None):
     torch.set_num_threads(1)
     report: dict = {"rows": {}, "hardware": hardware()}
     with tempfile.TemporaryDirectory() as directory:
-        for name, (function, kind, n, how) in ROWS.items():
-            if re.search(args.only, name):
-                path = Path(directory, kind)
-                if not path.exists():
-                    make_model(kind, path.parent)
-                report["rows"][name] = row = function(str(path), args.n or n, **how)
-                print(name, json.dumps(row), flush=True)
-                run.write_text(args.out, json.dumps(report, indent=1) + "\n")
+        for name in args.only:
+            run.write_text(args.out, json.dumps(report, indent=1) + "\n")  # at first empty: it can be written
+            function, kind, n, how = ROWS[name]
+            path = Path(directory, kind)
+            if not path.exists():
+                make_model(kind, path.parent)
+            report["rows"][name] = row = function(str(path), args.n or n, **how)
+            print(name, json.dumps(row), flush=True)
+    run.write_text(args.out, json.dumps(report, indent=1) + "\n")
     print(table(report))
 
 
 if __name__ == "__main__":
-    main()
+    run.start(main, again="the same command begins anew")

@@ -1,16 +1,15 @@
 """`python coverage.py RUN`: the quantities of the theory, estimated on the policy of a finished run."""
 
 import argparse
-import json
 import math
-from functools import partial
-from pathlib import Path
+import os
 
 import torch
 
 import data
 import lm
 import run
+from eval import read_responses, read_summary
 
 
 def estimate(log_pi, log_ref, reward, policy_kl, beta):
@@ -54,7 +53,8 @@ def sampled(policy, ref, prompts, k, max_new_tokens, judge, beta, seed=0):
         responses = sampler.sample(prompt_ids, max_new_tokens, generator)
         if sampler is policy:
             policy_kl = policy.reverse_kl(ref, prompt_ids, responses).double().cpu().view(-1, k)  # (X, K)
-        batches = [slice(j, j + 256) for j in range(0, len(asked), 256)]
+        n = policy.batch_size
+        batches = [slice(j, j + n) for j in range(0, len(asked), n)]
         logps = [torch.cat([model.logps(prompt_ids[batch], responses[batch]) for batch in batches])
                  for model in (policy, ref)]  # two of (X K,)
         texts = [policy.decode(ids) for ids in responses]
@@ -67,18 +67,22 @@ def sampled(policy, ref, prompts, k, max_new_tokens, judge, beta, seed=0):
 
 def load_run(directory):
     """(policy, pi_ref, held-out prompts, judge or None, settings) of what a training command left."""
-    directory = Path(directory)
-    needed = [directory / name for name in ("summary.json", "responses.jsonl", "policy")]
-    missing = [path.name for path in needed if not path.exists()]
+    missing = [name for name in ("summary.json", "responses.jsonl", "policy")
+               if not os.path.exists(os.path.join(directory, name))]
     if missing:
         raise run.UserError(f"{directory} is not a finished run: it has no {' and no '.join(missing)}. "
                             "Name a directory that hypo.py, dpo.py or rlhf.py wrote, such as runs/hypo.")
-    summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
-    settings = summary["settings"]
+    summary = read_summary(directory)
+    settings = run.json_object(summary.get("settings"), f"{directory}/summary.json: field 'settings'")
+    lacks = {"pi_ref", "beta", "max_new_tokens", "judge", "data", "batch_size", "micro_batch"} - {
+        *summary, *settings}
+    if lacks:
+        raise run.UserError(f"{directory}/summary.json has no {min(lacks)}; was the run made by another version?")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    policy, ref = (lm.LM.load(str(path), device) for path in (directory / "policy", summary["pi_ref"]))
-    rows = run.read_rows(directory / "responses.jsonl")
-    prompts = list(dict.fromkeys(row["prompt"] for row in rows))  # distinct, in order
+    with data.to_user(str(directory)):
+        policy, ref = (lm.LM.load(path, device, settings["micro_batch"], settings["batch_size"])
+                       for path in (f"{directory}/policy", summary["pi_ref"]))
+    prompts = list(dict.fromkeys(row["prompt"] for row in read_responses(directory)))  # distinct, in order
     judge = data.judges_of(argparse.Namespace(**settings | {"device": device}))[1]
     return policy, ref, prompts, judge, settings
 
@@ -116,8 +120,6 @@ def report(found, judge):
 
 def measure(directory, n_prompts, k):
     """Print the theory's quantities for the policy of a finished run."""
-    if n_prompts < 2 or k < 2:
-        raise run.UserError(f"--prompts {n_prompts} --samples {k}: a spread needs at least 2 of each")
     policy, ref, prompts, judge, settings = load_run(directory)
     prompts, beta = prompts[:n_prompts], settings["beta"]
     found, logratio = sampled(policy, ref, prompts, k, settings["max_new_tokens"], judge, beta)
@@ -128,8 +130,3 @@ def measure(directory, n_prompts, k):
         at = [ordered[round(q * (len(ordered) - 1))] for q in (0, 0.05, 0.5, 0.95, 1)]
         print(f"  on {name:18}" + "".join(f"{value:8.2f}" for value in at))
     report(found, judge)
-
-
-def command(directory, n_prompts, k):
-    """measure() as a command: a UserError is printed as a sentence."""
-    run.start(partial(measure, directory, n_prompts, k), again="nothing was written")

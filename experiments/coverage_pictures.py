@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import coverage as c
+import run
 from coverage import INF, J, gap, one_prompt, tilt, with_unseen_mass
 
 # -------------------------------------------------------------------------------------------------
@@ -274,12 +275,15 @@ def say_what_descent_finds():
 def tour(out: Path):
     """Print the tour, and draw its pictures into `out`."""
     torch.set_num_threads(1)  # for tables this small a second thread only makes the first wait
+    with run.touching(out, "--out"):
+        out.mkdir(parents=True, exist_ok=True)
     for part in (say_definitions, say_slides, say_beyond, say_what_descent_finds):
         part()
-    out.mkdir(parents=True, exist_ok=True)
     pictures = {"gap": plot_gap, "family": plot_family, "extrapolation": plot_extrapolation}
     for name, plot in pictures.items():
-        plot(out / f"coverage-{name}.png")
+        figure = plot()
+        with run.replacing(out / f"coverage-{name}.png") as beside:
+            figure.savefig(beside, format="png", dpi=130)
     print("\nPictures: " + ", ".join(f"{out}/coverage-{name}.png" for name in pictures))
 
 
@@ -335,7 +339,7 @@ def gap_against_coverage(coverages=(1e1, 1e2, 1e3, 1e4, 1e6, 1e8, 1e10, 1e12)):
     return gaps
 
 
-def plot_gap(path):
+def plot_gap():
     """Local coverage against the KL radius; gap against coverage for each algorithm."""
     figure, (left, right) = figure_of(
         (11, 4.9), ["Coverage of a KL ball around pi_ref", "Whom uncovered responses hurt"],
@@ -358,10 +362,10 @@ def plot_gap(path):
                      lw=4 if name == "IPO" else 1.5, alpha=0.4 if name == "IPO" else 1)
         # DPO's and IPO's lines lie on each other, so their labels stand above and below
         note(right, coverages[-1], values[-1], name, COLORS[name], dy={"DPO": -6, "IPO": 6}.get(name, 0))
-    figure.savefig(path, dpi=130)
+    return figure
 
 
-def plot_family(path):
+def plot_family():
     """Proposition 4.1: the losses do not see m, J does."""
     figure, (left, right) = figure_of(
         (10.5, 4.4), ["The offline losses do not see m ...", "... and J falls as -m beta log(1 / pi_ref(y3))"],
@@ -386,10 +390,10 @@ def plot_family(path):
     best_j = J(b, c.optimal_policy(b)).item()
     right.plot([0], [best_j], "o", color=COLORS["HyPO"], clip_on=False)
     note(right, 0, best_j, "pi*, RLHF, HyPO", COLORS["HyPO"], dx=10, dy=7)
-    figure.savefig(path, dpi=130)
+    return figure
 
 
-def plot_extrapolation(path):
+def plot_extrapolation():
     """DPO by gradient descent on pairs that never hold the best response, with shared features and without."""
     figure, axes = figure_of(
         (13, 4.6), ["Log-linear DPO finds the unseen best", "Tabular DPO cannot", "Tabular DPO: mass of the unseen"],
@@ -412,4 +416,4 @@ def plot_extrapolation(path):
         axes[2].plot(masses, color=COLORS["unseen best"])
         note(axes[2], 600, masses[-1], text, COLORS["unseen best"])
     axes[2].set_ylim(0, 0.4)
-    figure.savefig(path, dpi=130)
+    return figure

@@ -1,28 +1,33 @@
 """The jobs of the studies, over the cores. A job is a command of hypo.py, dpo.py or rlhf.py for one seed.
 
 It leaves an ordinary run directory in options.work/SEED/NAME, and job.json when it is done: its flags, and what
-it measured beside. A job that was interrupted goes on from its last checkpoint.
+it measured beside. A job that was interrupted goes on from its last checkpoint. The workers of a study end when it
+ends, in whatever way, and no two studies work in one folder.
 """
 
 import contextlib
 import json
 import multiprocessing
-import signal
+import threading
 import traceback
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+import filelock
 import torch
 from tqdm import tqdm
 
 import data
 import dpo
 import run
-from experiments import setting
+from experiments import begin_worker, setting
 from experiments.setting import CLASSIFY, GOLDEN, Run, needs, setting_of
+from lm import LM
 from run import UserError
 
 Job = tuple[int, Run]  # with its seed
+tqdm.set_lock(threading.RLock())  # its own lock is a semaphore, and Python warns of what an ended worker leaves of it
 
 
 def directory(options, seed: int, job: Run) -> Path:
@@ -35,11 +40,13 @@ def flags_of(options, seed: int, job: Run) -> dict[str, str]:
     proxy = directory(options, seed, setting_of(job)) / "reward" / "model"
     flags = {
         "--model": options.model, "--data": "world", "--sft-steps": 0, "--device": options.device, "--seed": seed,
-        "--pairs": max(1, round(job.pairs * options.pairs)), "--steps": max(1, round(job.steps * options.steps)),
-        "--batch-size": options.batch_size, "--eval-every": options.eval_every,
-        "--eval-samples": options.eval_samples, "--lr": job.lr * options.lr, "--beta": job.beta}
+        "--pairs": max(1, round(job.pairs * options.pairs)), "--batch-size": options.batch_size,
+        "--eval-every": options.eval_every, "--eval-samples": options.eval_samples, "--lr": job.lr * options.lr}
     if job.source:  # a training run
-        flags["--judge"] = proxy if job.judge == "proxy" else job.judge
+        flags |= {"--steps": max(1, round(job.steps * options.steps)),
+                  "--judge": proxy if job.judge == "proxy" else job.judge}
+    if job.source and job.algorithm != "bo2":
+        flags["--beta"] = job.beta
     if job.algorithm == "hypo":
         flags["--lam"] = job.lam
     elif job.source and job.algorithm != "ppo":
@@ -54,7 +61,7 @@ def finished(options, seed: int, job: Run) -> bool:
     path = directory(options, seed, job) / "job.json"
     if not path.exists():
         return False
-    then, now = json.loads(path.read_text())["flags"], flags_of(options, seed, job)
+    then, now = run.read_json(path)["flags"], flags_of(options, seed, job)
     differ = [f"{flag} {then.get(flag)} (now {now.get(flag)})" for flag in {**now, **then}
               if then.get(flag) != now.get(flag)]
     if differ:
@@ -98,9 +105,21 @@ def with_needs(jobs: list[Job]) -> list[Job]:
     return list(ordered)
 
 
-def leave_interrupts() -> None:
-    """Ctrl-C reaches every process of a command; a worker leaves it to the parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextlib.contextmanager
+def alone(folder: Path):
+    """While a study works in the folder; a second one, which would do the same jobs, is refused."""
+    lock = filelock.FileLock(folder / ".lock", timeout=0)
+    with run.touching(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".lock").touch()
+    try:
+        lock.acquire()  # the system lets go of it when this process dies
+    except filelock.Timeout:
+        raise UserError(f"{folder}: another study is working there; wait for it, and give the command again") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager
@@ -115,7 +134,10 @@ def stopping():
 
 
 def make_models(options, jobs: list[Job]) -> None:
-    """The built-in models that jobs share, before the first of them starts."""
+    """The built-in models that jobs share, before the first of them starts; any other model is tried."""
+    if options.model != "tiny":
+        with data.to_user(f"--model {options.model}"):
+            LM.load(options.model, options.device).check()
     for width in sorted({job.width for _, job in jobs}):
         if width or options.model == "tiny":
             data.tiny_directory(options.device, width=width or data.TINY["width"])
@@ -132,7 +154,7 @@ def run_jobs(options, jobs: list[Job]) -> None:
     failed: dict[Job, BaseException] = {}
     running: dict[Future, Job] = {}
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.jobs, mp_context=context, initializer=leave_interrupts) as pool, stopping(), tqdm(
+    with ProcessPoolExecutor(options.jobs, mp_context=context, initializer=begin_worker) as pool, stopping(), tqdm(
             total=sum(size.values()), desc=f"{len(jobs)} runs", unit="step", disable=None, dynamic_ncols=True,
             initial=sum(size[job] for job in done)) as bar:
         while waiting or running:
@@ -144,6 +166,9 @@ def run_jobs(options, jobs: list[Job]) -> None:
                 break
             for future in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
                 job, error = running.pop(future), future.exception()
+                if isinstance(error, BrokenProcessPool):
+                    raise UserError("a worker was ended from outside, perhaps for want of memory; the same command "
+                                    "goes on where it stopped, with less memory if you give --jobs 1")
                 if error:
                     failed[job] = error
                 else:

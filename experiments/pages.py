@@ -1,7 +1,5 @@
 """results/README.md and the pictures, from the reports in results/*.json, without a run."""
 
-import json
-import os
 import textwrap
 from collections import Counter
 from pathlib import Path
@@ -10,7 +8,7 @@ from eval import aligned, plot_goodhart
 from experiments.draw import write_labels
 from experiments.stats import Results
 from experiments.studies import STUDIES
-from run import UserError, read_rows, write_text
+from run import UserError, read_json, read_rows, replacing, write_text
 
 FIRST_COMMIT = "0357e55"  # of reports that name none
 
@@ -40,8 +38,8 @@ def draw_runs(folder: Path) -> None:
 
 def write_pages(folder: Path, names) -> None:
     """The pictures of the named studies, and README.md with all that have a report in the folder."""
-    reports = {name: json.loads(path.read_text(encoding="utf-8")) for name in STUDIES
-               if (path := folder / f"{name}.json").exists()}
+    paths = {name: folder / f"{name}.json" for name in STUDIES}
+    reports = {name: read_json(path) for name, path in paths.items() if path.exists()}
     if not reports:
         raise UserError(f"{folder} holds no report of a study; run this where the project's results/ is")
     for name in names:
@@ -56,9 +54,8 @@ def draw(report: dict, path: Path) -> None:
     figure.draw_without_rendering()  # settles the axes, on which the labels then find their places
     for axis in figure.axes:
         write_labels(axis)
-    beside = path.with_suffix(".tmp.png")
-    figure.savefig(beside, dpi=110, bbox_inches="tight")
-    os.replace(beside, path)
+    with replacing(path) as beside:
+        figure.savefig(beside, format="png", dpi=110, bbox_inches="tight")
 
 
 def page(reports: dict[str, dict]) -> str:

@@ -31,7 +31,7 @@ import hypo
 import rlhf
 import run
 import world
-from eval import implicit_reward_metrics, read_metrics, read_summary, win_rate
+from eval import implicit_reward_metrics, read_summary, win_rate
 from lm import LM, Encoded
 
 # ---------------------------------------------------------------------------------------------------
@@ -100,13 +100,18 @@ def make_setting(argv: list[str], out: Path) -> dict:
     """D_golden, held-out pairs, the best unseen responses, and the proxy: stage 1 of rlhf.py on D_golden."""
     def begin_setting(args):
         start = data.start(args)
-        for name, pairs in (("pairs", start.pairs), ("held_out", start.held_out), ("best", best_unseen(start, args))):
-            data.write_pairs(args.out / f"{name}.jsonl", pairs)
+        for kind, pairs in (("pairs", start.pairs), ("held_out", start.held_out), ("best", best_unseen(start, args))):
+            data.write_pairs(pairs_file(args.out, kind), pairs)
         return start
 
     rlhf.main([*argv, "--stage", "reward"], begin_setting)
-    learned = read_metrics(out / "reward")[-1]
+    learned = run.read_rows(out / "reward" / "metrics.jsonl")[-1]
     return {name: learned[name] for name in ("reward_accuracy", "golden_correlation")}
+
+
+def pairs_file(out: Path, kind: str = "pairs") -> Path:
+    """Where a job's pairs are: beside its directory, in which only runs write."""
+    return out.with_name(f"{out.name}.{kind}.jsonl")
 
 
 def best_unseen(start: data.Start, args, n: int = 32) -> list[Encoded]:
@@ -140,8 +145,8 @@ def begin(job: Run, folder: Path, args) -> data.Start:
     """What a run of the setting starts from, in place of data.start."""
     policy, setting = load_ref(job, args), folder / setting_of(job).name
     ref = policy.frozen_copy()
-    golden, held_out, best = (data.add_ref_logps(ref, data.read_pairs(setting / f"{name}.jsonl"))
-                              for name in ("pairs", "held_out", "best"))
+    golden, held_out, best = (data.add_ref_logps(ref, data.read_pairs(pairs_file(setting, kind)))
+                              for kind in ("pairs", "held_out", "best"))
     proxy = data.judge_named(str(setting / "reward" / "model"), args.device)
     label = proxy if job.judge == "proxy" else world.golden_judge
     if job.judge == "implicit":
@@ -149,8 +154,8 @@ def begin(job: Run, folder: Path, args) -> data.Start:
     pairs = golden
     if job.data != "golden":
         pairs = data.add_ref_logps(ref, make_pairs(job, ref, folder, args))
-        data.write_pairs(args.out / "pairs.jsonl", pairs)
-    baseline = json.loads((folder / GOLDEN.name / "baseline.json").read_text()) if job != GOLDEN else None
+        data.write_pairs(pairs_file(args.out), pairs)
+    baseline = run.read_json(folder / GOLDEN.name / "baseline.json")["rewards"] if job != GOLDEN else None
     prompts, held_out_prompts = world.world_prompts()
     return data.Start(policy, ref, pairs, prompts, held_out, held_out_prompts, label, world.golden_judge, None,
                       measures(golden[:256], best, baseline, proxy))
@@ -184,7 +189,7 @@ def write_baseline(folder: Path) -> None:
     with run.precision(args):
         policy = policy_of(GOLDEN, folder, args)
         _, _, texts = responder(policy, args)(asked, run.seed_of(args.seed, "baseline"))
-    run.write_text(folder / GOLDEN.name / "baseline.json", json.dumps(world.golden_judge(asked, texts)))
+    run.write_text(folder / GOLDEN.name / "baseline.json", json.dumps({"rewards": world.golden_judge(asked, texts)}))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -230,14 +235,14 @@ def make_pairs(job: Run, ref: LM, folder: Path, args) -> list[Encoded]:
                         args.seed, world.golden_judge)
 
 
-def implicit_judge(policy: LM, ref: LM, max_new_tokens: int, batch_size: int = 64) -> world.Judge:
+def implicit_judge(policy: LM, ref: LM, max_new_tokens: int) -> world.Judge:
     """A policy's implicit reward as a judge: log pi(y|x) / pi_ref(y|x), nats."""
     @torch.no_grad()
     def log_ratios(prompts: list[str], responses: list[str]) -> list[float]:
         rewards: list[float] = []
-        for i in range(0, len(prompts), batch_size):
-            rows = ([policy.encode_prompt(text) for text in prompts[i:i + batch_size]],
-                    [policy.encode_response(text, max_new_tokens) for text in responses[i:i + batch_size]])
+        for i in range(0, len(prompts), policy.batch_size):
+            rows = ([policy.encode_prompt(text) for text in prompts[i:i + policy.batch_size]],
+                    [policy.encode_response(text, max_new_tokens) for text in responses[i:i + policy.batch_size]])
             rewards += (policy.logps(*rows) - ref.logps(*rows)).tolist()
         return rewards
     return world.Judge("implicit", log_ratios)
@@ -293,7 +298,7 @@ def recorded(start, args):
 
 def read_stream(path) -> list[list[Encoded]]:
     """The pairs of each step, as `recorded` left them."""
-    return [[Encoded(*pair) for pair in pairs] for pairs in run.read_rows(path)]
+    return [[Encoded(*pair) for pair in pairs] for _, pairs in run.numbered_rows(path)]
 
 
 def replay(path, window: int, start, args):
@@ -355,10 +360,10 @@ def judged_gaps(judge, policy: LM, pairs: list[Encoded]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def implicit_gaps(policy: LM, pairs: list[Encoded], batch_size: int = 64) -> torch.Tensor:
+def implicit_gaps(policy: LM, pairs: list[Encoded]) -> torch.Tensor:
     """(N,) the policy's log-ratio of the chosen response minus that of the rejected one."""
-    return torch.cat([torch.sub(*policy.logratios(pairs[i:i + batch_size])).cpu()
-                      for i in range(0, len(pairs), batch_size)])
+    return torch.cat([torch.sub(*policy.logratios(pairs[i:i + policy.batch_size])).cpu()
+                      for i in range(0, len(pairs), policy.batch_size)])
 
 
 def accuracy(predicted: torch.Tensor, truth: torch.Tensor) -> float:

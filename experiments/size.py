@@ -10,6 +10,7 @@ update, comments for a line of code, long functions and long lines, README.
 import argparse
 import ast
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -91,6 +92,9 @@ def main(argv=None):
     parser.add_argument("directory", nargs="?", type=Path, default=Path(__file__).parent.parent,
                         help="a checkout (default: this one)")
     root = parser.parse_args(argv).directory.resolve()
+    missing = [name for name in ("hypo.py", "README.md") if not os.path.isfile(root / name)]
+    if missing:
+        parser.error(f"{root} is no checkout of this project: it has no {' and no '.join(missing)}")
     paths = {path.stem: path for path in sorted(root.glob("*.py")) if path.stem != "conftest"}
     texts = {name: path.read_text(encoding="utf-8") for name, path in paths.items()}
     trees = {name: ast.parse(text) for name, text in texts.items()}

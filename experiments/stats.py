@@ -124,9 +124,9 @@ def student_95(df: int) -> float:
 
 
 def estimate(values: list[float]) -> tuple[float, float, float]:
-    """(mean, half of Student's 95 % interval, standard error) over seeds; one seed has no interval."""
-    mean = statistics.fmean(values)
-    if len(values) == 1:
+    """(mean, half of Student's 95 % interval, standard error) over seeds; one seed has no interval, none no mean."""
+    mean = statistics.fmean(values) if values else math.nan
+    if len(values) < 2:
         return mean, math.nan, math.nan
     error = statistics.stdev(values) / math.sqrt(len(values))
     return mean, student_95(len(values) - 1) * error, error
@@ -134,6 +134,8 @@ def estimate(values: list[float]) -> tuple[float, float, float]:
 
 def cell(values: list[float], form: str = ".3f") -> str:
     """Mean and interval as text."""
+    if not values:
+        return "no seed has one"
     mean, half, _ = estimate(values)
     return f"{mean:{form}} [{mean - half:{form}}, {mean + half:{form}}]" if len(values) > 1 else f"{mean:{form}}"
 
@@ -145,7 +147,7 @@ def claim(paper: str, quantity: str, values: list[float], expected: str = "above
     """
     mean, half, error = estimate(values)
     low, high = mean - half, mean + half
-    if len(values) == 1:
+    if len(values) < 2:
         verdict = "not resolved"
     elif expected == "not above 0":
         verdict = "contradicted" if low > 0 else "not contradicted"

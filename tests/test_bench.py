@@ -108,6 +108,21 @@ def test_an_error_in_a_side_is_an_error_of_the_bench():
         bench.measure({"ours": train}, 2)
 
 
+@pytest.mark.parametrize("argv, sentence", [
+    (["--only", "zebra"], "--only: no row's name matches 'zebra'"), (["--only", "("], "--only: '(' is no regular"),
+    (["--n", "0"], "--n: must be a whole number of at least 1")])
+def test_flags_that_cannot_be_are_refused(argv, sentence, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(argv)
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_known_before_the_hour(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "make_model", lambda *_: pytest.fail("it has begun"))
+    with pytest.raises(run.UserError, match="--out"):
+        bench.main(["--out", str(tmp_path)])
+
+
 def test_the_table_has_a_line_for_each_published_row_and_every_one_can_be_measured_again():
     report = json.loads(bench.RESULTS.read_text(encoding="utf-8"))
     lines = bench.table(report).splitlines()[2:]

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from coverage import (
 from experiments import coverage_pictures
 from experiments.coverage_of_run import estimate, sampled
 from models import random_gpt2
+from run import UserError
 
 
 def table(rows) -> torch.Tensor:
@@ -51,6 +53,7 @@ def language_bandit():
     """Two random GPT-2 of three tokens, all 15 responses to two prompts in a table: (models, exact bandit, log pi)."""
     tokenizer = lm.word_tokenizer(["a b"])
     policy, ref = random_gpt2(tokenizer, seed=3), random_gpt2(tokenizer, seed=4)
+    policy.batch_size = ref.batch_size = 1000  # of three tokens each
     prompts, responses, beta = ["a", " b"], every_response(3, 3), 0.7
     asked = [policy.encode_prompt(prompt) for prompt in prompts]
     with torch.no_grad():
@@ -104,10 +107,10 @@ def write_run(directory, model_dir, **changes):
     """What a training command leaves, with pi_ref itself as the policy."""
     lm.LM.load(str(model_dir)).save(directory / "policy")
     run_settings = dict(model=str(model_dir), data=None, judge="golden", beta=0.1, seed=0, max_new_tokens=5,
-                        algorithm="dpo", device="cpu") | changes
+                        algorithm="dpo", device="cpu", batch_size=4, micro_batch=None) | changes
     (directory / "summary.json").write_text(json.dumps({"settings": run_settings, "pi_ref": str(model_dir)}))
     prompts = ["The plot was", "The plot was", "The cast is", "I think the story"]
-    (directory / "responses.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+    (directory / "responses.jsonl").write_text("".join(json.dumps({"prompt": p, "reward": 0}) + "\n" for p in prompts))
     return directory
 
 
@@ -129,11 +132,39 @@ def test_measuring_a_run_without_a_judge(tmp_path, model_dir, capsys):
     assert "no judge knows this run's true reward" in capsys.readouterr().out
 
 
-def test_errors_are_sentences(tmp_path):
-    with pytest.raises(SystemExit, match="error: .* is not a finished run: .*Name a directory"):
-        coverage.main([str(tmp_path / "nowhere")])
-    with pytest.raises(SystemExit, match="error: --prompts 64 --samples 1: .*at least 2"):
-        coverage.main([str(tmp_path), "--samples", "1"])
+@pytest.mark.parametrize("argv, sentence", [
+    (["nowhere", "--samples", "1"], "--samples: must be a whole number of at least 2"),
+    (["nowhere", "--prompts", "nan"], "--prompts: must be a whole number of at least 2"),
+    (["nowhere", "--out", "x"], "--out would have no effect with a RUN"),
+    (["--prompts", "4"], "--prompts would have no effect without a RUN")])
+def test_flags_that_cannot_be_are_refused(argv, sentence, capsys):
+    with pytest.raises(SystemExit):
+        coverage.main(argv)
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, content, sentence", [
+    ("policy", None, "is not a finished run: it has no policy. Name a directory"),
+    ("summary.json", "{", "summary.json: not valid JSON"),
+    ("summary.json", "{}", "summary.json: field 'settings': expected a JSON object"),
+    ("summary.json", '{"settings": {"beta": 1}}', "summary.json has no batch_size; was the run made"),
+    ("responses.jsonl", '{"prompt": "x"', "responses.jsonl:1: not valid JSON"),
+    ("responses.jsonl", "", "responses.jsonl does not hold a run's responses"),
+    ("policy/model.safetensors", "cut", "policy/model.safetensors is damaged")])
+def test_a_damaged_run_is_named(name, content, sentence, tmp_path, model_dir):
+    write_run(tmp_path, model_dir)
+    if content is None:
+        (tmp_path / name).rename(tmp_path / "other")
+    else:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        coverage.main([str(tmp_path)])
+
+
+def test_pictures_need_a_directory(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(UserError, match="--out .*mine: File exists"):
+        coverage.main(["--out", str(tmp_path / "mine")])
 
 
 # ---------------------------------------------------------------------------------------------------

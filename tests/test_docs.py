@@ -295,7 +295,7 @@ def test_negative_controls_of_the_finders(text):
 def test_the_readme_is_short_and_has_the_two_commands_that_ci_runs():
     readme = read("README.md")
     assert len(readme.splitlines()) <= 230 and len(readme.encode()) <= 14_000
-    for end in ("hypo.py", "-m pytest"):
+    for end in ("hypo.py", "-m pytest -n 2 --dist loadfile"):
         assert len(re.findall(rf"^python3 -m venv .* {end}$", readme, re.M)) == 1
 
 

@@ -1,15 +1,22 @@
 """The studies: a job is the algorithm's own command, replay gives the online run again, jobs come in order, the
 statistics are what they say, and results/ is what its JSON files say, which in turn follow from their evaluations."""
 
+import contextlib
 import dataclasses
 import json
 import math
+import multiprocessing
+import os
 import random
 import re
 import shutil
+import signal
 import statistics
+import sys
+import time
 from argparse import Namespace
 from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -174,7 +181,7 @@ def test_golden_win_rates_are_against_the_baseline_and_the_halves_make_the_whole
     line = read_metrics(folder / OFFLINE.name)[-1]
     assert line["win_rate"] == (line["win_rate_picks"] + line["win_rate_judges"]) / 2
     rewards = [row["reward"] for row in read_rows(folder / OFFLINE.name / "responses.jsonl")]
-    baseline = json.loads((folder / GOLDEN.name / "baseline.json").read_text())
+    baseline = json.loads((folder / GOLDEN.name / "baseline.json").read_text())["rewards"]
     wins = [(a > b) + (a == b) / 2 for a, b in zip(rewards, baseline, strict=True)]
     assert line["golden_win_rate_judges"] == statistics.mean(wins[1::2])
     assert line["golden_win_rate_picks"] == statistics.mean(wins[0::2])
@@ -223,7 +230,8 @@ def test_the_implicit_judge_is_the_log_ratio(model_dir):
     ref = LM.load(str(model_dir))
     policy = random_gpt2(ref.tokenizer, seed=5, dtype=torch.float32)
     prompts, responses = ["The plot was"] * 3, [" superb.", " never dull, but slow.", " awful."]
-    judged = setting.implicit_judge(policy, ref, 24, batch_size=2)(prompts, responses)
+    policy.batch_size = 2
+    judged = setting.implicit_judge(policy, ref, 24)(prompts, responses)
     for prompt, response, reward in zip(prompts, responses, judged):
         row = [ref.encode_prompt(prompt)], [ref.encode_response(response, 24)]
         assert reward == pytest.approx((policy.logps(*row) - ref.logps(*row)).item(), abs=1e-4)
@@ -233,7 +241,7 @@ def test_the_implicit_judge_is_the_log_ratio(model_dir):
 def test_the_best_unseen_response_is_not_in_the_pairs_and_is_good(options, folder):
     execute(options, setting_of(FINAL))
     policy, made = LM.load(options.model), folder / setting_of(FINAL).name
-    best, pairs = data.read_pairs(made / "best.jsonl"), data.read_pairs(made / "pairs.jsonl")
+    best, pairs = (data.read_pairs(setting.pairs_file(made, kind)) for kind in ("best", "pairs"))
     assert len(best) == len(pairs) == 64
     for row, pair in zip(best, pairs):
         assert row.prompt == pair.prompt and row.rejected == pair.chosen
@@ -273,7 +281,8 @@ def test_implicit_gaps_are_the_log_ratio_of_chosen_less_rejected(model_dir):
     ref = LM.load(str(model_dir))
     policy = random_gpt2(ref.tokenizer, seed=5, dtype=torch.float32)
     pairs = data.add_ref_logps(ref, [Encoded([1, 2], [3, 0], [4, 5, 0]), Encoded([2], [5, 0], [0])])
-    gaps = setting.implicit_gaps(policy, pairs, batch_size=1)
+    policy.batch_size = 1
+    gaps = setting.implicit_gaps(policy, pairs)
     for gap, pair in zip(gaps, pairs):
         chosen, rejected = (policy.logps([pair.prompt], [side]) - ref.logps([pair.prompt], [side])
                             for side in (pair.chosen, pair.rejected))
@@ -336,15 +345,20 @@ def test_needs_come_first_and_once(chosen, rng):
     (Run("ipo", "iterative", rounds=8), {"--sampling": "iterative", "--rounds": "8"}),
     (Run("dpo", "replay", window=0), {"--loss": "dpo", "--sampling": "online"}),
     (Run("ppo", beta=0.3, steps=0.6), {"--steps": "120", "--beta": "0.3"}),
+    (Run("bo2"), {"--loss": "bo2", "--beta": None, "--rounds": None}),
+    (setting_of(OFFLINE), {"--steps": None, "--beta": None, "--judge": None}),
     (GOLDEN, {"--judge": "golden"})], ids=lambda value: getattr(value, "name", ""))
 def test_the_flags_of_a_job_say_what_sets_it_apart(job, expected):
     full = Namespace(**command.FULL, model="tiny", device="cpu", work=Path("w"))
     found = jobs.flags_of(full, 0, job)
     assert {flag: found.get(flag) for flag in expected} == expected
-    assert ("--lam" in found) == (job.algorithm == "hypo") and ("--loss" in found) == (job.algorithm in "ipo dpo")
+    assert ("--lam" in found) == (job.algorithm == "hypo") and ("--loss" in found) == (job.algorithm in "ipo dpo bo2")
 
 
-def test_a_failed_run_names_itself_and_stops_only_what_needs_it(options, monkeypatch):
+@pytest.mark.parametrize("failure, sentence, others", [
+    (ValueError("the gradient is nan"), "ipo-online: the gradient is nan", True),
+    (BrokenProcessPool(), "a worker was ended from outside, .* --jobs 1", False)])
+def test_a_failed_run_names_itself_and_stops_only_what_needs_it(failure, sentence, others, options, monkeypatch):
     class Pool:  # in this process, so that the failure can be planted
         def __init__(self, *_, **__): pass
         def __enter__(self): return self
@@ -353,7 +367,7 @@ def test_a_failed_run_names_itself_and_stops_only_what_needs_it(options, monkeyp
         def submit(self, function, *job):
             future = Future()
             if job[2] == FINAL:
-                future.set_exception(ValueError("the gradient is nan"))
+                future.set_exception(failure)
             else:
                 done.append(job[2])
                 future.set_result(None)
@@ -362,9 +376,9 @@ def test_a_failed_run_names_itself_and_stops_only_what_needs_it(options, monkeyp
     done = []
     monkeypatch.setattr(jobs, "ProcessPoolExecutor", Pool)
     elsewhere = Namespace(**{**vars(options), "work": options.work / "elsewhere"})
-    with pytest.raises(UserError, match="ipo-online: the gradient is nan"):
+    with pytest.raises(UserError, match=sentence):
         jobs.run_jobs(elsewhere, [(0, FINAL), (0, REPLAYS[0]), (0, OFFLINE)])
-    assert OFFLINE in done and REPLAYS[0] not in done
+    assert (OFFLINE in done) == others and REPLAYS[0] not in done
 
 
 def test_a_bug_in_a_job_leaves_its_trace_in_the_log(options, monkeypatch):
@@ -431,6 +445,15 @@ def test_a_verdict_turns_with_the_sign(xs):
     low, high = stats.claim("", "", xs)["interval"]
     assert up == ("holds" if low > 0 else "reversed" if high < 0 else "not resolved")
     assert stats.claim("", "", xs, "not above 0")["verdict"] == ("contradicted" if low > 0 else "not contradicted")
+
+
+def test_where_no_seed_has_a_value_nothing_is_resolved():
+    report = json.loads(REPORTS["goodhart"].read_text())
+    for lines in (lines for by_seed in report["evaluations"].values() for lines in by_seed):
+        for line in lines:
+            line["reverse_kl"] /= 1e4  # no bin of KL is reached
+    claim = STUDIES["goodhart"].conclude(Results(report))[1][0]
+    assert (claim["verdict"], claim["values"]) == ("not resolved", []) and "no seed has one" in claim["here"]
 
 
 def lines_of(rng, n=6):
@@ -560,7 +583,7 @@ def small_study(monkeypatch):
             [results.row("offline", [OFFLINE])], [stats.claim("P.", "q", [1.0])]),
         lambda results: Figure(), "A caption."))
     monkeypatch.setattr(command, "QUICK", dict(
-        seeds=1, steps=2, batch_size=8, lr=5e-4, eval_every=1, eval_samples=8, pairs=32))
+        seeds=1, steps=2, batch_size=8, lr=5e-4, eval_every=1, eval_samples=8, pairs=16))
 
 
 def test_the_command_writes_its_files_and_does_nothing_twice(small_study, model_dir, tmp_path, monkeypatch, capsys):
@@ -583,6 +606,65 @@ def test_the_command_writes_its_files_and_does_nothing_twice(small_study, model_
     assert made == {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")} and made
 
 
+def in_group(group: int) -> list[int]:
+    """The processes of a process group that run, if only with one thread."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            state, _, its_group, *more = path.read_text().rpartition(")")[2].split()
+            if int(its_group) == group and (state != "Z" or int(more[14]) > 1):
+                found.append(int(path.parent.name))
+    return found
+
+
+def wait_until(condition, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.01)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="it looks for processes in /proc")
+def test_a_study_that_is_ended_leaves_no_worker_and_goes_on_to_the_same_bytes(
+        small_study, model_dir, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)  # one thread in each process, as here
+    argv = ["iterate", "--quick", "--model", str(model_dir), "--device", "cpu", "--jobs", "1"]
+    monkeypatch.setattr(sys, "argv", ["experiments", *argv])
+    options, _ = command.parse(argv)
+    first = setting_of(OFFLINE)
+
+    def study(folder):
+        os.setpgrp()
+        os.chdir(folder)
+        command.start()
+    ends = {signal.SIGTERM: tmp_path / "terminated", signal.SIGKILL: tmp_path / "killed"}
+    processes = {}
+    for end, folder in ends.items():
+        folder.mkdir()
+        processes[end] = multiprocessing.get_context("fork").Process(target=study, args=[folder])
+        processes[end].start()
+    for end, process in processes.items():
+        work = ends[end] / options.work
+        checkpoint = work / "0" / first.name / "reward" / "checkpoint.pt"
+        wait_until(lambda process=process, checkpoint=checkpoint: checkpoint.exists() or not process.is_alive(), 90)
+        with pytest.raises(UserError, match="another study is working there"), jobs.alone(work):
+            pass
+        assert len(in_group(process.pid)) > 1
+        os.kill(process.pid, end)
+        wait_until(lambda process=process: not in_group(process.pid), 2)
+        process.join()
+        assert not (work / "0" / first.name / "job.json").exists(), "it was ended before"
+    assert "interrupted; the same command goes on where it stopped" in capfd.readouterr().err
+    made = []
+    for folder in (ends[signal.SIGKILL], tmp_path):
+        monkeypatch.chdir(folder)
+        execute(options, first)
+        out = jobs.directory(options, 0, first)
+        made.append([path.read_bytes() for path in (
+            setting.pairs_file(out), out / "reward" / "metrics.jsonl", out / "reward" / "model" / "model.safetensors")])
+    assert made[0] == made[1]
+
+
 def test_a_report_of_more_seeds_stays_as_it_is(small_study, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(command, "run_jobs", lambda options, todo: None)
@@ -596,7 +678,11 @@ def test_a_report_of_more_seeds_stays_as_it_is(small_study, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["nothing"], "invalid choice: 'nothing'"), (["loss", "--seeds", "0"], "must be at least 1"),
+    (["nothing"], "invalid choice: 'nothing'"),
+    (["loss", "--seeds", "0"], "--seeds: must be a whole number of at least 1"),
+    (["loss", "--jobs", "nan"], "--jobs: must be a whole number"),
+    (["loss", "--device", "cuda:99"], "--device cuda:99 cannot"),
+    (["mean", "runs/dpo", "--seeds", "2"], "it takes no --seeds"),
     (["scale", "--model", "gpt2"], "takes no --model"), (["mean"], "needs directories of runs"),
     (["loss", "runs/dpo"], "nothing else takes them")])
 def test_errors_say_what_to_do(argv, message, capsys):

