@@ -170,13 +170,9 @@ def calibration_error(gap: torch.Tensor, bins: int = 5) -> float:
     return sum(errors) / len(gap)
 
 
-def reward_model(start, args, earlier):
-    """Stage 1: the judge in args.out/reward/model, trained now; with --stage ppo, the one there."""
+def reward_model(start, args):
+    """Stage 1: the judge in args.out/reward/model, trained now."""
     directory = args.out / "reward" / "model"
-    if args.stage == "ppo":
-        if earlier:  # run.prepare has moved it there
-            shutil.copytree(earlier / "reward", args.out / "reward")
-        return data.judge_named(str(directory), args.device)
     steps = max(1, math.ceil(args.reward_epochs * len(start.pairs) / args.batch_size))
     reward_args = argparse.Namespace(**{**vars(args), "out": args.out / "reward", "steps": steps,
                                         "lr": 2 * args.lr, "algorithm": "reward"})
@@ -194,9 +190,10 @@ def reward_model(start, args, earlier):
     scorer.model.config.reward_center = scorer.predict(prompt_ids, responses).mean().item()
     scorer.model.config.reward_clip = args.reward_clip
     measured = evaluate(scorer)
-    scorer.save(directory, model_card(
-        reward_args, "A reward model. The reward is the score after prompt + response + EOS, read "
-        "at that EOS, less `reward_center` of config.json: pi_ref's mean.", measured))
+    with run.touching(directory, "--out"):
+        scorer.save(directory, model_card(
+            reward_args, "A reward model. The reward is the score after prompt + response + EOS, "
+            "read at that EOS, less `reward_center` of config.json: pi_ref's mean.", measured))
     print("reward model, held out: " + ", ".join(
         f"{name} {x:.3f}" for name, x in measured.items() if x is not None))
     return data.judge_named(str(directory), args.device)
@@ -337,17 +334,21 @@ def useless(args) -> dict[str, str]:
     return why
 
 
-def refuse_early(start, args) -> None:
-    """What would be found only when an earlier run has been moved aside, or after stage 1."""
+def with_reward_model(start, args):
+    """start, with the reward model that --stage ppo finds in --out as its judge.
+
+    What cannot work is refused here, before an earlier run is moved aside.
+    """
     if args.judge == "reward" or not args.rloo:
         with data.to_user(f"--model {args.model}"):
             Scorer.of(start.ref)  # reward model and value function are made so
+    if args.stage != "ppo":
+        return start
     directory = args.out / "reward" / "model"
-    if args.stage == "ppo" and not directory.is_dir():
+    if not directory.is_dir():
         raise run.UserError(f"--stage ppo: there is no reward model in {directory}; run --stage "
                             "reward with this --out first, or name another --judge")
-    if args.stage == "ppo":
-        data.judge_named(str(directory), args.device, "--stage ppo:")
+    return start._replace(label=data.judge_named(str(directory), args.device, "--stage ppo:"))
 
 
 def main(argv=None, begin=data.start):
@@ -365,12 +366,13 @@ def main(argv=None, begin=data.start):
         parser.error("--judge none rewards nothing; leave --judge out, or name a judge")
 
     with run.working(args):
-        start = begin(args)  # pi_ref, pairs, prompts, judges
-        refuse_early(start, args)
+        start = with_reward_model(begin(args), args)  # pi_ref, pairs, prompts, judges
         earlier = run.prepare(args, start.inputs())
-        judge = start.label
+        judge = start.label if args.stage == "ppo" or args.judge != "reward" else reward_model(start, args)
+        if args.stage == "ppo" and earlier:  # the reward model stays with this run, too
+            shutil.copytree(earlier / "reward", args.out / "reward")
         if args.judge == "reward":  # its name, in summary.json, is relative to --out
-            judge = reward_model(start, args, earlier)._replace(name="reward/model")
+            judge = judge._replace(name="reward/model")
         if args.stage == "reward":
             return
         start = start._replace(outcome=start.outcome or judge)

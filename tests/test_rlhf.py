@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from test_kl_gradient import EOS, PROMPT, RESPONSES
 from test_run import SMALL, bytes_of, not_in_the_glossary, start_victim
 from transformers import GPT2ForSequenceClassification
@@ -345,6 +346,11 @@ def test_stages_can_be_run_one_after_the_other(model_dir, tmp_path):
     assert (tmp_path / "r" / "reward" / "model").is_dir() and not (tmp_path / "r" / "policy").exists()
     rlhf.main([*arguments, "--stage", "ppo"])
     assert (tmp_path / "r" / "policy").is_dir() and (tmp_path / "r" / "reward" / "model").is_dir()
+    assert torch.load(tmp_path / "r" / "checkpoint.pt")["optimizer"] is None, "nothing needs it any more"
+    weights = tmp_path / "r" / "reward" / "model" / "model.safetensors"
+    save_file({name: 2 * weight for name, weight in load_file(weights).items()}, weights, {"format": "pt"})
+    with pytest.raises(run.UserError, match="--resume: what --judge names has changed"):
+        rlhf.main([*arguments, "--stage", "ppo", "--resume"])
 
 
 def test_stage_ppo_again_takes_the_reward_model_along_and_keeps_the_earlier_run(model_dir, tmp_path):
