@@ -435,6 +435,13 @@ def read_model(kind, what: str, name: str):
             why = "it needs code of its own, which is never run here"
         raise Refused(f"{name} does not hold {what} that transformers can load ({part}: {why:.300})"
                       ) from None
+    refuse_unfit(name, model, tokenizer, found)
+    # a copy: a mapped file puts weights at another alignment, and products then round otherwise
+    return copy.deepcopy(model), tokenizer
+
+
+def refuse_unfit(name: str, model, tokenizer, found: dict) -> None:
+    """Refused: weights that are not the model's, or a tokenizer that is not. found: on loading."""
     wrong = [f"{len(keys)} {what}, such as {min(map(str, keys))}" for what, keys in (
         ("weights are missing", found["missing_keys"]),
         ("weights are not this model's", found["unexpected_keys"]),
@@ -453,8 +460,6 @@ def read_model(kind, what: str, name: str):
     if max(ids) >= rows:
         raise Refused(f"{name}: its tokenizer goes up to token {max(ids)}, its embedding to "
                       f"{rows - 1}; call resize_token_embeddings after adding tokens, and train them")
-    # a copy: a mapped file puts weights at another alignment, and products then round otherwise
-    return copy.deepcopy(model), tokenizer
 
 
 def refuse_files(directory: Path) -> None:

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -100,6 +101,17 @@ NUMBER, POSITIVE = number(float, 0), number(float, 0, above=True)
 ZERO_OR_COUNT = number(int, 0, 10**7)
 
 
+def device(name: str) -> str:
+    """An argparse type: a device on which a number can be put."""
+    try:
+        torch.zeros(1, device=name).item()
+    except Exception as error:  # each backend has its own ways to say that it is not there
+        why = str(error).partition("\n")[0]
+        raise argparse.ArgumentTypeError(f"{name} cannot be used here ({why:.99}); give cpu, or cuda "
+                                         "on a machine with a GPU") from None
+    return name
+
+
 def parser(doc: str | None, beta: Callable = POSITIVE):
     """(argument parser with the flags of all training commands, what adds an algorithm's)."""
     p = argparse.ArgumentParser(
@@ -141,7 +153,7 @@ def add_run_flags(p: argparse.ArgumentParser) -> None:
     add("--resume", action="store_true", help="go on from the last checkpoint in --out, exactly")
 
     add = p.add_argument_group("the machine").add_argument
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+    add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--dtype", choices=["float32", "bfloat16"], help="what the forward pass computes in; "
         "weights stay float32 (default bfloat16 for a pretrained model on a GPU that has it)")
@@ -182,11 +194,6 @@ def parse(p: argparse.ArgumentParser, argv, algorithm: Callable, useless: Callab
     for name, why in unused.items():
         if getattr(given, name):
             p.error(f"--{name.replace('_', '-')} would have no effect: {why}")
-    try:
-        torch.zeros(1, device=args.device).item()
-    except Exception as error:  # each backend has its own ways to say that it is not there
-        p.error(f"--device {args.device} cannot be used here ({str(error).partition(chr(10))[0]:.99}"
-                "); give --device cpu, or cuda on a machine with a GPU")
     fill_in(args, has_prompts)
     if args.dtype == "bfloat16" and not has_bfloat16(args.device):
         print(f"--dtype float32: {args.device} has no bfloat16 of its own and would be far slower")
@@ -315,33 +322,39 @@ LEFT = (r"(metrics|responses|stream|round-\d+)\.jsonl|(inputs|summary|job|baseli
 
 
 @contextlib.contextmanager
-def working(args):
-    """What a run works in: its precision, and --out, which belongs to this process alone."""
-    out, lock = args.out, filelock.FileLock(args.out / ".lock", timeout=0)
-    if os.path.exists(out) and not out.is_dir():
-        raise UserError(f"--out {out} is not a directory; name one, which may be new")
-    with touching(out, "--out"):
-        out.mkdir(parents=True, exist_ok=True)
-        for path in out.iterdir():
-            if not re.fullmatch(LEFT, path.name):
-                raise UserError(f"--out {out} holds {path.name}, which no run has written; a run "
-                                "could replace it, so name another directory")
-        (out / ".lock").touch()
+def alone(folder: Path, flag: str = ""):
+    """The folder, made if need be, belongs to this process inside."""
+    lock = filelock.FileLock(folder / ".lock", timeout=0)
+    with touching(folder, flag):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".lock").touch()
     try:
         lock.acquire()  # the system lets go of it when this process dies
     except filelock.Timeout:
-        raise UserError(f"--out {out}: another process is writing there; wait for it, or name "
-                        "another directory") from None
+        raise UserError(f"{flag} {folder}: another process is writing there; wait for it, or name "
+                        "another directory".strip()) from None
     try:
-        if args.resume and (out / "checkpoint.pt").exists():
-            refuse_other_settings(args)
-        with precision(args):
-            yield
+        yield
     finally:
-        (out / ".lock").unlink(missing_ok=True)
         lock.release()
-        with contextlib.suppress(OSError):
-            out.rmdir()  # if nothing came of it
+        if [path.name for path in folder.iterdir()] == [".lock"]:  # nothing came of it
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def working(args):
+    """What a run works in: its precision, and --out, which belongs to this process alone."""
+    if os.path.exists(args.out) and not args.out.is_dir():
+        raise UserError(f"--out {args.out} is not a directory; name one, which may be new")
+    with touching(args.out, "--out"):
+        foreign = [path.name for path in args.out.glob("*") if not re.fullmatch(LEFT, path.name)]
+    if foreign:
+        raise UserError(f"--out {args.out} holds {foreign[0]}, which no run has written; a run could "
+                        "replace it, so name another directory")
+    with alone(args.out, "--out"), precision(args):
+        if args.resume and (args.out / "checkpoint.pt").exists():
+            refuse_other_settings(args)
+        yield
 
 
 def refuse_other_settings(args) -> None:

@@ -43,7 +43,7 @@ import run
 from data import read_pairs
 from eval import read_metrics, read_summary, table
 from experiments import pages, stats
-from experiments.jobs import alone, directory, run_jobs
+from experiments.jobs import directory, run_jobs
 from experiments.setting import CLASSIFY, FINAL, Run, pairs_file, setting_of
 from experiments.studies import QUALITY, REPLAYS, STUDIES
 from lm import LM
@@ -142,7 +142,7 @@ def parse(argv):
     add("--quick", action="store_true", help="short runs on few pairs, kept apart in runs/study-quick: they show that "
         "everything works, not what comes out")
     add("--model", default="tiny", help="what to study: tiny, a transformers directory, or a hub name (default tiny)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+    add("--device", type=run.device, default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--jobs", type=several, help="runs at a time (default: the number of cores for tiny on the CPU, else 1)")
     options = parser.parse_args(argv)
@@ -151,10 +151,6 @@ def parse(argv):
     tiny = options.model == "tiny"
     if options.name in ("mean", "pages") and (options.seeds or options.quick or options.jobs or not tiny):
         parser.error(f"{options.name} makes no runs: it takes no --seeds, --quick, --model or --jobs")
-    try:
-        torch.zeros(1, device=options.device).item()
-    except Exception as error:  # each backend has its own ways to say that it is not there
-        parser.error(f"--device {options.device} cannot be used here ({str(error).partition(chr(10))[0]:.100})")
     defaults = {**(QUICK if options.quick else FULL), **({} if tiny else PRETRAINED)}
     seeds = defaults["seeds"] if options.seeds is None else options.seeds
     if options.name == "scale" and not tiny:
@@ -181,7 +177,7 @@ def main(argv=None) -> None:
         pages.write_pages(Path("results"), list(STUDIES))
         pages.draw_runs(Path("results"))
         return
-    with alone(options.work):
+    with run.alone(options.work):
         run_jobs(options, [(seed, job) for name in names for job in STUDIES[name].runs for seed in options.seeds])
         concluded = []
         for name in names:

@@ -14,7 +14,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-import filelock
 import torch
 from tqdm import tqdm
 
@@ -103,23 +102,6 @@ def with_needs(jobs: list[Job]) -> list[Job]:
     for job in jobs:
         ordered.update(dict.fromkeys([*with_needs(needs(*job)), job]))
     return list(ordered)
-
-
-@contextlib.contextmanager
-def alone(folder: Path):
-    """While a study works in the folder; a second one, which would do the same jobs, is refused."""
-    lock = filelock.FileLock(folder / ".lock", timeout=0)
-    with run.touching(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".lock").touch()
-    try:
-        lock.acquire()  # the system lets go of it when this process dies
-    except filelock.Timeout:
-        raise UserError(f"{folder}: another study is working there; wait for it, and give the command again") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextlib.contextmanager

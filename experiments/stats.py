@@ -7,6 +7,7 @@ import statistics
 
 from eval import read_metrics, read_summary
 from experiments.setting import Run
+from run import json_object
 
 WIN = "golden_win_rate_judges"  # the win rate against the golden baseline, on the prompts that pick nothing
 EDGES = [0.25, 0.5, 1, 2, 4, 8, 16, 32, 64]  # of the bins of KL, nats a sequence
@@ -179,7 +180,8 @@ def rows_of_runs(directories: list[str]) -> list[dict]:
     groups: dict[str, list[dict]] = {}
     for directory in directories:
         last = next(line for line in reversed(read_metrics(directory)) if "reverse_kl" in line)
-        settings = read_summary(directory).get("settings", {"out": directory})
+        settings = json_object(read_summary(directory).get("settings", {"out": directory}),
+                               f"{directory}/summary.json: field 'settings'")
         rows.append({**last, "run": directory, "name": settings.get("algorithm", directory)})
         groups.setdefault(json.dumps({**settings, "seed": None}), []).append(rows[-1])
     return rows + [mean_over_seeds(group) for group in groups.values() if len(group) > 1]

@@ -53,7 +53,7 @@ from experiments.studies import IMPLICIT, REPLAYS, STUDIES
 from judges import load_judge
 from lm import LM, Encoded
 from models import random_gpt2
-from run import UserError, read_rows
+from run import UserError, alone, read_rows
 
 ROOT = Path(__file__).parent.parent
 RUNS = list(dict.fromkeys(job for study in STUDIES.values() for job in study.runs))
@@ -638,6 +638,7 @@ def test_a_study_that_is_ended_leaves_no_worker_and_goes_on_to_the_same_bytes(
         os.chdir(folder)
         command.start()
     ends = {signal.SIGTERM: tmp_path / "terminated", signal.SIGKILL: tmp_path / "killed"}
+    seen = {signal.SIGTERM: "log.txt", signal.SIGKILL: "reward/checkpoint.pt"}  # the worker works; it can go on
     processes = {}
     for end, folder in ends.items():
         folder.mkdir()
@@ -645,9 +646,9 @@ def test_a_study_that_is_ended_leaves_no_worker_and_goes_on_to_the_same_bytes(
         processes[end].start()
     for end, process in processes.items():
         work = ends[end] / options.work
-        checkpoint = work / "0" / first.name / "reward" / "checkpoint.pt"
-        wait_until(lambda process=process, checkpoint=checkpoint: checkpoint.exists() or not process.is_alive(), 90)
-        with pytest.raises(UserError, match="another study is working there"), jobs.alone(work):
+        path = work / "0" / first.name / seen[end]
+        wait_until(lambda process=process, path=path: path.exists() or not process.is_alive(), 90)
+        with pytest.raises(UserError, match="another process is writing there"), alone(work):
             pass
         assert len(in_group(process.pid)) > 1
         os.kill(process.pid, end)
