@@ -682,7 +682,7 @@ def test_a_report_of_more_seeds_stays_as_it_is(small_study, tmp_path, monkeypatc
     (["nothing"], "invalid choice: 'nothing'"),
     (["loss", "--seeds", "0"], "--seeds: must be a whole number of at least 1"),
     (["loss", "--jobs", "nan"], "--jobs: must be a whole number"),
-    (["loss", "--device", "cuda:99"], "--device cuda:99 cannot"),
+    (["loss", "--device", "cuda:99"], "argument --device: cuda:99 cannot"),
     (["mean", "runs/dpo", "--seeds", "2"], "it takes no --seeds"),
     (["scale", "--model", "gpt2"], "takes no --model"), (["mean"], "needs directories of runs"),
     (["loss", "runs/dpo"], "nothing else takes them")])
