@@ -217,9 +217,10 @@ def preferences(args, ref: LM, judge) -> tuple[list[Encoded], list[str], list[En
         return encoded[0], prompts_of(train), encoded[1], prompts_of(held_out)
     prompts, held_out_prompts = (read_prompts(args.data, ref, args.max_new_tokens) if args.data
                                  else world.world_prompts())
-    if args.data is None and ref.context_length < args.max_new_tokens + 32:  # for any prompt there
+    longest = max(len(ref.encode_prompt(prompt)) for prompt in prompts + held_out_prompts)
+    if longest + args.max_new_tokens > ref.context_length:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: the context of --model {args.model} "
-                        f"is {ref.context_length} tokens, and 32 of them are for the prompt")
+                        f"is {ref.context_length} tokens, and the longest prompt has {longest}")
     # labels of a task are without noise, as in the DPO paper's experiment on sentiment
     sure, n_held_out = args.data is not None, 256 if args.model == "tiny" else args.eval_samples
 
