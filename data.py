@@ -68,7 +68,7 @@ class Start(NamedTuple):
         """What decides the run, by flag, as hashes and names: see run.prepare."""
         weights = hashlib.sha256()
         for tensor in self.ref.state_dict().values():
-            weights.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+            weights.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())  # one may be 0-dim
         tokens = [[pair[:3] for pair in pairs] for pairs in (self.pairs, self.held_out)]
         rows = json.dumps([tokens, self.prompts, self.held_out_prompts]).encode()
         judges = [judge and fingerprint(judge.name) for judge in self[6:9]]
@@ -149,6 +149,7 @@ def reference(args) -> str:
     texts = read_strings(corpus, "prompt", "response") if corpus else world.sft_corpus()
 
     def make(directory):
+        """The fine-tuning. UserError: the number of a text that is too long."""
         policy = load_policy(args, args.model)
         for line, (prompt, response) in enumerate(texts, 1):
             n = len(policy.encode_prompt(prompt) + policy.encode_response(response, 10**9))
@@ -171,6 +172,7 @@ def tiny_directory(device: str = "cpu", **changes) -> Path:
     language = Path(world.__file__).read_text(encoding="utf-8")  # another world, another model
 
     def make(directory):
+        """The training from nothing."""
         corpus = world.sft_corpus()
         policy = fast.FastLM.untrained([text for row in corpus for text in row], **shape).to(device)
         lm.sft(policy, corpus, **TINY_SFT)
@@ -215,16 +217,20 @@ def preferences(args, ref: LM, judge) -> tuple[list[Encoded], list[str], list[En
         encoded = [add_ref_logps(ref, encode(ref, pairs, args.max_new_tokens))
                    for pairs in (train, held_out)]
         return encoded[0], prompts_of(train), encoded[1], prompts_of(held_out)
-    prompts, held_out_prompts = (read_prompts(args.data, ref, args.max_new_tokens) if args.data
-                                 else world.world_prompts())
-    longest = max(len(ref.encode_prompt(prompt)) for prompt in prompts + held_out_prompts)
-    if longest + args.max_new_tokens > ref.context_length:
-        raise UserError(f"--max-new-tokens {args.max_new_tokens}: the context of --model {args.model} "
-                        f"is {ref.context_length} tokens, and the longest prompt has {longest}")
+    if args.data is not None:
+        prompts, held_out_prompts = read_prompts(args.data, ref, args.max_new_tokens)
+    else:
+        prompts, held_out_prompts = world.world_prompts()
+        longest = max(len(ref.encode_prompt(prompt)) for prompt in prompts + held_out_prompts)
+        if longest + args.max_new_tokens > ref.context_length:
+            raise UserError(f"--max-new-tokens {args.max_new_tokens}: the context of --model "
+                            f"{args.model} is {ref.context_length} tokens, and the longest prompt "
+                            f"has {longest}")
     # labels of a task are without noise, as in the DPO paper's experiment on sentiment
     sure, n_held_out = args.data is not None, 256 if args.model == "tiny" else args.eval_samples
 
     def sampled() -> list[Encoded]:
+        """Those to train on, then those held out."""
         pairs = []
         for asked, n, seed in ((prompts, args.pairs, args.seed),
                                (held_out_prompts, n_held_out, args.seed + 10**6)):

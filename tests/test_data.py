@@ -618,6 +618,16 @@ def test_a_gpu_computes_in_bfloat16_unless_told_otherwise_or_where_it_is_only_em
     assert dtype("--model", "gpt2", "--device", "cuda:1", "--dtype", "float32") == "float32"
 
 
+def test_inputs_are_those_of_the_content_a_number_of_no_dimension_included(policy):
+    policy.model.register_buffer("scale", torch.tensor(1.0))
+    start = data.Start(policy, policy.frozen_copy(), [], ["a"], [], ["b"], None, None, None)
+    first = start.inputs()
+    assert start.inputs() == first
+    start.ref.model.scale += 1
+    changed = start._replace(prompts=["c"]).inputs()
+    assert [changed[flag] != first[flag] for flag in ("--model", "--data", "--judge")] == [True, True, False]
+
+
 def test_pairs_and_held_out_pairs_in_a_directory(tmp_path, model_dir):
     rows = [{"prompt": "", "chosen": chosen, "rejected": rejected}
             for chosen, rejected in ((" superb.", " dull."), (" good.", " flat."), (" fresh.", " slow."))]
