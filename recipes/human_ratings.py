@@ -224,7 +224,7 @@ def parse():
     add("--archive", type=Path, metavar="FILE", help=f"the source archive: {DOWNLOAD}")
     add("--set", choices=SETS, default="movie", help="which of the rated texts (default movie)")
     add("--held-out", type=run.COUNT, default=1000, metavar="N", help="pairs held out (default 1000)")
-    add("--seed", type=run.number(int, 0, 2**32 - 1), default=0,
+    add("--seed", type=run.SEED, default=0,
         help="decides the pairs, the split and the draws (default 0)")
     add("--score", nargs="+", metavar="JUDGE", help="measure judges on the held-out pairs: golden, vader, a directory "
         "with judge.json, or one with a reward model")

@@ -109,7 +109,7 @@ def parse():
     add("--sft", type=run.COUNT, default=4000, help="rows of sft.jsonl (default 4000)")
     add("--prompts", type=run.COUNT, default=3000, help="rows of prompts.jsonl (default 3000)")
     add("--held-out", type=run.COUNT, default=256, help="rows of held_out_prompts.jsonl (default 256)")
-    add("--seed", type=run.number(int, 0, 2**32 - 1), default=0, help="decides which review goes where (default 0)")
+    add("--seed", type=run.SEED, default=0, help="decides which review goes where (default 0)")
     args = parser.parse_args()
     if os.path.exists(args.out):
         raise run.UserError(f"{args.out} exists already and is left as it is: name another directory")

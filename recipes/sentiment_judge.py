@@ -124,7 +124,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="DIR", nargs="?", default=Path("runs/judge"),
                         help="directory to make (default runs/judge)")
-    parser.add_argument("--seed", type=run.number(int, 0, 2**32 - 1), default=0,
+    parser.add_argument("--seed", type=run.SEED, default=0,
                         help="decides which reviews only measure (default 0)")
     args = parser.parse_args()
     if os.path.exists(args.out):

@@ -562,14 +562,19 @@ def extreme_cases(draw):
     return Case(Bandit(rho[0].exp(), ref, mu, r_star, draw(st.sampled_from([0.1, 0.5, 1.0, 1e3]))), r_hat, pi)
 
 
-@given(case=extreme_cases())
-def test_statements_at_extremes(case):
+def check_all(case):
+    """Every true statement, of the case's reward estimate, of its policy, and of both."""
     for statement in OF_REWARD:
         check(statement, case.b, case.r_hat)
     for statement in OF_POLICY:
         check(statement, case.b, case.pi)
     for statement in OF_BOTH:
         check(statement, case.b, case.r_hat, case.pi)
+
+
+@given(case=extreme_cases())
+def test_statements_at_extremes(case):
+    check_all(case)
     assert not preference_loss(case.b, implicit_reward(case.pi, case.b.ref, 1.0), dpo).isnan()
 
 
@@ -765,13 +770,7 @@ def test_negative_controls_are_violated(name):
 
 def test_the_true_statements_hold_on_the_hard_cases():
     for seed in range(40):
-        c = hard_case(seed)
-        for statement in OF_REWARD:
-            check(statement, c.b, c.r_hat)
-        for statement in OF_POLICY:
-            check(statement, c.b, c.pi)
-        for statement in OF_BOTH:
-            check(statement, c.b, c.r_hat, c.pi)
+        check_all(hard_case(seed))
 
 
 def test_finite_sample_at_the_rate_of_n_squared_is_violated(monkeypatch):
