@@ -8,19 +8,23 @@
                  sft.jsonl               {"prompt", "response"}: what a model is first taught
                  prompts.jsonl           {"prompt"}: to train on
                  held_out_prompts.jsonl  {"prompt"}: to evaluate on
-    FILE       preference pairs {"prompt", "chosen", "rejected"}: JSONL, a hub data set, or a
-               directory with pairs.jsonl and held_out_pairs.jsonl; --judge measures, if given
+    FILE       preference pairs {"prompt", "chosen", "rejected"}, as texts or as messages, or in
+               the columns of other public sets (ANSWERS, below): JSONL, JSON, .gz; CSV and Parquet,
+               what save_to_disk wrote, a hub's NAME or NAME:SPLIT (pip install datasets); a
+               directory with pairs.jsonl and held_out_pairs.jsonl. --judge measures, if given
 
 In the world and in DIR, pi_ref is the model after supervised fine-tuning on the task's texts, and a
 pair is two samples of it to one prompt. .cache/ keeps both: every algorithm starts from the same.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
 import os
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -33,32 +37,33 @@ import lm
 import run
 import world
 from judges import load_judge
-from lm import LM, Encoded
+from lm import LM, Encoded, Prompt, text_of
+from rows import (
+    Pair,
+    Sift,
+    cut,
+    prompt_ids,
+    prompt_of,
+    read_objects,
+    read_pairs_of,
+    sources,
+    string,
+    token_ids,
+)
 from run import UserError, is_task
 
 # The built-in model: large enough for the world's sentences, small enough for a laptop.
 TINY = dict(layers=2, width=64, heads=4, positions=64, seed=0)
 TINY_SFT: dict = dict(steps=400, batch_size=128, lr=4e-3, seed=0)
 SFT: dict = dict(batch_size=16, lr=5e-5, seed=0)  # of pretrained models
-FIELDS = ("prompt", "chosen", "rejected")  # of a preference pair in a file
-
-
-class Pair(NamedTuple):
-    """A preference as texts, and the file and line that it comes from."""
-    prompt: str
-    chosen: str
-    rejected: str
-    where: str
-
-
 class Start(NamedTuple):
     """What a run starts from; policy and ref are equal at first."""
     policy: LM
     ref: LM
     pairs: list[Encoded]  # to train on
-    prompts: list[str]  # to train on
+    prompts: Sequence[Prompt]  # to train on
     held_out: list[Encoded]
-    held_out_prompts: list[str]
+    held_out_prompts: Sequence[Prompt]
     label: world.Judge | None  # labels what the policy writes while it trains (--judge)
     outcome: world.Judge | None  # measures, in every evaluation
     second: world.Judge | None  # measures, too, and labels nothing
@@ -210,13 +215,15 @@ def fingerprint(name: str | None):
 
 # ---- preference pairs
 
-def preferences(args, ref: LM, judge) -> tuple[list[Encoded], list[str], list[Encoded], list[str]]:
+def preferences(args, ref: LM, judge) -> tuple[
+        list[Encoded], Sequence[Prompt], list[Encoded], Sequence[Prompt]]:
     """(pairs, prompts) to train on and (pairs, prompts) held out: sampled, or from a file."""
     if args.data is not None and not is_task(args.data):  # it holds pairs
-        train, held_out = split_file(args, ref)
-        encoded = [add_ref_logps(ref, encode(ref, pairs, args.max_new_tokens))
-                   for pairs in (train, held_out)]
-        return encoded[0], prompts_of(train), encoded[1], prompts_of(held_out)
+        (train, ids), (held_out, held_out_ids) = pairs_of_file(args, ref)
+        return (add_ref_logps(ref, ids), prompts_of(train),
+                add_ref_logps(ref, held_out_ids), prompts_of(held_out))
+    prompts: Sequence[Prompt]
+    held_out_prompts: Sequence[Prompt]
     if args.data is not None:
         prompts, held_out_prompts = read_prompts(args.data, ref, args.max_new_tokens)
     else:
@@ -256,7 +263,7 @@ def preferences(args, ref: LM, judge) -> tuple[list[Encoded], list[str], list[En
     return pairs[:args.pairs], prompts, pairs[args.pairs:], held_out_prompts
 
 
-def collect(respond: Callable, prompts: Sequence[str], n: int, seed: int, judge: world.Judge,
+def collect(respond: Callable, prompts: Sequence[Prompt], n: int, seed: int, judge: world.Judge,
             sure: bool = False) -> list[Encoded]:
     """n labelled pairs: two responses to each prompt, the winner drawn from Bradley-Terry.
 
@@ -288,7 +295,7 @@ def collect(respond: Callable, prompts: Sequence[str], n: int, seed: int, judge:
 def add_ref_logps(ref: LM, pairs: Sequence[Encoded]) -> list[Encoded]:
     """The pairs with log pi_ref of both responses, nats."""
     logps: list[tuple[float, float]] = []
-    for i in range(0, len(pairs), ref.batch_size):
+    for i in lm.progress(range(0, len(pairs), ref.batch_size), "log pi_ref", "batches"):
         chosen, rejected = ref.pair_logps(pairs[i:i + ref.batch_size])
         logps += zip(chosen.tolist(), rejected.tolist())
     return [pair._replace(ref_chosen=c, ref_rejected=r) for pair, (c, r) in zip(pairs, logps)]
@@ -308,94 +315,65 @@ def read_pairs(path) -> list[Encoded]:
                         "again") from None
 
 
-def encode(policy: LM, pairs: Sequence[Pair], max_new_tokens: int) -> list[Encoded]:
-    """Pairs of texts as token ids. UserError: file, line and field of what cannot be trained on."""
-    rows = []
-    for pair in pairs:
-        prompt = encode_prompt(policy, pair.prompt, pair.where, max_new_tokens)
-        for field, text in zip(FIELDS[1:], pair[1:3]):
-            check_words(policy, text, f"{pair.where}: field '{field}'")
-        chosen, rejected = (policy.encode_response(y, max_new_tokens) for y in pair[1:3])
-        if chosen == rejected:
-            raise UserError(f"{pair.where}: fields 'chosen' and 'rejected' are the same in their "
-                            f"first {max_new_tokens} tokens; raise --max-new-tokens or drop it")
-        rows.append(Encoded(prompt, chosen, rejected))
-    return rows
-
-
-def encode_prompt(policy: LM, text: str, where: str, max_new_tokens: int) -> lm.Ids:
-    """LM.encode_prompt of a text from a file: words that are known, and no more than there is room."""
-    check_words(policy, text, f"{where}: prompt")
-    ids, room = policy.encode_prompt(text), policy.context_length - max_new_tokens
-    if len(ids) > room:
-        raise UserError(f"{where}: the prompt {text!r:.40} has {len(ids)} tokens; the context of "
-                        f"{policy.context_length} less --max-new-tokens {max_new_tokens} leaves "
-                        f"room for {max(room, 0)}; shorten the prompt or lower --max-new-tokens")
-    return ids
-
-
-def check_words(policy: LM, text: str, where: str) -> None:
-    """UserError if the tokenizer does not know a word of the text."""
-    tokenizer = policy.tokenizer
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    # GPT-2's unknown word is its EOS, which may be written out in a text
-    if tokenizer.unk_token_id in ids and tokenizer.unk_token not in text:
-        raise UserError(f"{where}: --model does not know every word; it reads "
-                        f"{tokenizer.decode(ids)!r:.60}; use a pretrained one")
-
-
 # ---- files from outside: every check names the file, the line and the field
 
-def split_file(args, policy: LM) -> tuple[list[Pair], list[Pair]]:
-    """(pairs to train on, held-out pairs) of a file, a hub data set, or a directory with both."""
-    source = Path(args.data)
-    if os.path.isdir(source):
-        train, held_out = (read_jsonl(source / f"{name}.jsonl", policy)
-                           for name in ("pairs", "held_out_pairs"))
-        refuse_shared([pair[:3] for pair in train], [pair[:3] for pair in held_out], source)
-        return train, held_out
-    pairs = read_jsonl(source, policy) if os.path.exists(source) else read_hub(args.data, policy)
-    prompts = prompts_of(pairs)
+def pairs_of_file(args, policy: LM) -> list[tuple[list[Pair], list[Encoded]]]:
+    """[what to train on, what is held out], each as texts and as token ids; says what is lost.
+
+    --max-new-tokens, where it is not given, is what 99 % of the responses need, within the context.
+    """
+    sift, parts, chat = Sift(args.skip_bad), [], bool(policy.tokenizer.chat_template)
+    files = sources(args.data)
+    for rows in files:
+        pairs = read_pairs_of(rows, sift, chat)
+        parts.append(sift(functools.partial(token_ids, policy), pairs))
+    rows = [row for part in parts for row in part]
+    lengths = sorted(len(y) for _, ids in rows for y in ids[1:3])
+    room = policy.context_length - sorted(len(ids.prompt) for _, ids in rows)[99 * (len(rows) - 1) // 100]
+    if args.max_new_tokens is None:  # the one argument that the data decide
+        args.max_new_tokens = max(1, min(lengths[-1 - len(lengths) // 100], room))
+    parts = [sift(functools.partial(cut, policy, args.max_new_tokens), part) for part in parts]
+    report(args, policy, sum(map(len, files)), [row for part in parts for row in part], sift.left_out, lengths)
+    if len(parts) == 1:
+        parts = split(parts[0], args)
+    train, held_out = ([pair[:3] for pair, _ in part] for part in parts)
+    refuse_shared(train, held_out, args.data)
+    return [([pair for pair, _ in part], [ids for _, ids in part]) for part in parts]
+
+
+def report(args, policy: LM, n_rows: int, rows: list, left_out: Counter, lengths: list[int]) -> None:
+    """Say what is trained on of a file, and what is not."""
+    n = args.max_new_tokens
+    why = "".join(f", {count} {kind}" for kind, count in left_out.most_common())
+    ended = [policy.ended(y) for _, ids in rows for y in ids[1:3]]
+    tokens = sum(len(y) for _, ids in rows for y in ids[1:3])
+    print(f"{args.data}: {n_rows} rows, {sum(left_out.values())} left out{why.replace(',', ':', 1)}. "
+          f"Responses: {len(ended) - sum(ended)} of {len(ended)} are cut at --max-new-tokens {n}, "
+          f"{sum(ended) / len(ended):.1%} end with their EOS; {tokens} of {sum(lengths)} tokens are used")
+    spelled = {token for pair, _ in rows for text in (text_of(pair.prompt), pair.chosen, pair.rejected)
+               for token in policy.special.findall(text)}
+    if spelled:
+        print(f"The texts spell out {', '.join(sorted(spelled))}: there it is text, and no special token. "
+              "A chat template writes special tokens around messages: give a list of them")
+
+
+def split(rows: list[tuple[Pair, Encoded]], args) -> list[list[tuple[Pair, Encoded]]]:
+    """[to train on, held out]: a tenth of the prompts is held out, with all their rows."""
+    prompts = [text_of(prompt) for prompt in prompts_of([pair for pair, _ in rows])]
     if len(prompts) < 2:
-        raise UserError(f"{source}: {len(prompts)} prompts; at least 2 are needed, one to hold out, "
+        raise UserError(f"{args.data}: {len(prompts)} prompts; at least 2 are needed, one to hold out, "
                         "or a directory with pairs.jsonl and held_out_pairs.jsonl")
     random.Random(args.seed).shuffle(prompts)
-    tenth = set(prompts[:max(1, len(prompts) // 10)])  # held out, with all their rows
-    return ([pair for pair in pairs if pair.prompt not in tenth],
-            [pair for pair in pairs if pair.prompt in tenth])
+    tenth = set(prompts[:max(1, len(prompts) // 10)])
+    parts: list[list[tuple[Pair, Encoded]]] = [[], []]
+    for row in rows:
+        parts[text_of(row[0].prompt) in tenth].append(row)
+    return parts
 
 
-def prompts_of(pairs: Iterable[Pair]) -> list[str]:
+def prompts_of(pairs: Iterable[Pair]) -> list[Prompt]:
     """Each prompt once, in a fixed order."""
-    return sorted({pair.prompt for pair in pairs})
-
-
-def read_objects(path) -> list[tuple[str, dict]]:
-    """("file:line", object) of every line of a JSONL file."""
-    if not os.path.isfile(path):  # a pipe, say, would be waited for
-        raise UserError(f"--data: {path} is not a file, or not there; the head of data.py says what a "
-                        "directory holds")
-    rows = run.numbered_rows(path, "--data")
-    if not rows:
-        raise UserError(f"{path}: no rows; each line must be one JSON object")
-    return [(where, run.json_object(row, where)) for where, row in rows]
-
-
-def string(row: dict, field: str, where: str, may_be_empty: bool = False) -> str:
-    """The text in a field of a row."""
-    text = row.get(field)
-    if field not in row:
-        why = f"is missing; found {sorted(row)}"
-    elif not isinstance(text, str):
-        messages = ", or all three of a pair lists of messages" if field in FIELDS else ""
-        why = f"must be a string{messages}; got {text!r:.60}"
-    elif text != text.encode(errors="ignore").decode():
-        why = "has half a character (a lone surrogate), which cannot be tokenised"
-    elif not text.strip() and not may_be_empty:
-        why = "is empty; it needs a word"
-    else:
-        return text
-    raise UserError(f"{where}: field '{field}' {why}")
+    return [prompt for _, prompt in sorted({text_of(pair.prompt): pair.prompt for pair in pairs}.items())]
 
 
 def read_strings(path, *fields: str) -> list[tuple]:
@@ -404,24 +382,26 @@ def read_strings(path, *fields: str) -> list[tuple]:
             for where, row in read_objects(path)]
 
 
-def read_prompts(directory, policy: LM, max_new_tokens: int) -> tuple[list[str], list[str]]:
+def read_prompts(directory, policy: LM, max_new_tokens: int) -> tuple[list[Prompt], list[Prompt]]:
     """(training prompts, held-out prompts) of a task directory; none may be in both."""
-    prompts: list[list[str]] = []
+    prompts: list[list[Prompt]] = []
     for name in ("prompts.jsonl", "held_out_prompts.jsonl"):
         rows = read_objects(Path(directory) / name)
-        prompts.append([string(row, "prompt", where) for where, row in rows])
+        prompts.append([prompt_of(row, where) for where, row in rows])
         for (where, _), prompt in zip(rows, prompts[-1]):
-            encode_prompt(policy, prompt, where, max_new_tokens)
-    refuse_shared(prompts[0], prompts[1], directory)
+            prompt_ids(policy, prompt, where, max_new_tokens)
+    refuse_shared([(prompt,) for prompt in prompts[0]], [(prompt,) for prompt in prompts[1]], directory)
     return prompts[0], prompts[1]
 
 
-def refuse_shared(train: Sequence, held_out: Sequence, directory) -> None:
-    """UserError if a row is trained on and held out."""
-    shared = set(train) & set(held_out)
+def refuse_shared(train: Iterable, held_out: Iterable, directory) -> None:
+    """UserError if a row (prompt, texts) is trained on and held out."""
+    train, held_out = ({(text_of(prompt), *texts) for prompt, *texts in rows}
+                       for rows in (train, held_out))
+    shared = train & held_out
     if shared:
         raise UserError(f"{directory}: {len(shared)} rows are among those to train on and among "
-                        f"those held out, for example {min(shared)!r:.60}; what is trained on "
+                        f"those held out, for example {min(shared)[0]!r:.60}; what is trained on "
                         "cannot be held out")
 
 
@@ -433,55 +413,3 @@ def read_task(directory) -> tuple[str, str]:
     # a judge's directory may lie in the task's
     label, second = (str(folder / name) if (folder / name).is_dir() else name for name in names)
     return label, second
-
-
-def read_jsonl(path, policy: LM | None = None) -> list[Pair]:
-    """Preference pairs of a JSONL file, see check_pair."""
-    return [check_pair(row, where, policy) for where, row in read_objects(path)]
-
-
-def read_hub(name: str, policy: LM | None = None) -> list[Pair]:
-    """Preference pairs of the split "train" of a hub data set, see check_pair."""
-    try:
-        import datasets
-        rows = datasets.load_dataset(name, split="train")
-    except Exception as error:  # the library raises many kinds; all mean that there are no rows
-        raise UserError(f"--data {name}: there is no such file, and the reader of the hub (pip "
-                        f"install datasets) says {error!r:.200}") from None
-    return [check_pair(row, f"{name}: row {i}", policy) for i, row in enumerate(rows)]
-
-
-def check_pair(row: dict, where: str, policy: LM | None = None) -> Pair:
-    """A row as a pair of texts: its strings as they are, or its lists of messages rendered."""
-    if all(isinstance(row.get(field), list) for field in FIELDS):
-        row = render_chat({field: row[field] for field in FIELDS}, where, policy)
-    prompt, chosen, rejected = (string(row, field, where, field == "prompt") for field in FIELDS)
-    if chosen == rejected:
-        raise UserError(f"{where}: fields 'chosen' and 'rejected' are the same text; drop the row")
-    return Pair(prompt, chosen, rejected, where)
-
-
-def render_chat(fields: dict, where: str, policy: LM | None) -> dict[str, str]:
-    """Lists of messages -> strings: a response is what the template adds to the rendered prompt."""
-    for field, messages in fields.items():
-        if not messages or not all(isinstance(message, dict) for message in messages):
-            raise UserError(f"{where}: field '{field}': expected messages, got {messages!r:.60}")
-        for message in messages:
-            for key in ("role", "content"):
-                string(message, key, f"{where}: field '{field}'", may_be_empty=True)
-    if policy is None or not policy.tokenizer.chat_template:
-        raise UserError(f"{where}: messages need a chat template, but this tokenizer has none; use "
-                        "a chat model, or give the three fields as strings")
-    render = policy.tokenizer.apply_chat_template
-    try:
-        prompt = render(fields["prompt"], tokenize=False, add_generation_prompt=True)
-        whole = [render(fields["prompt"] + fields[field], tokenize=False) for field in FIELDS[1:]]
-    except Exception as error:  # templates refuse what they do not like, in ways of their own
-        raise UserError(f"{where}: the chat template refuses these messages: {error}") from None
-    texts = {"prompt": prompt}
-    for field, text in zip(FIELDS[1:], whole):
-        if not text.startswith(prompt):  # so where the response begins is not defined
-            raise UserError(f"{where}: field '{field}' makes the chat template alter the prompt")
-        # encode_response adds the EOS itself; what a template writes after it is not the response
-        texts[field] = text[len(prompt):].split(policy.tokenizer.eos_token)[0]
-    return texts

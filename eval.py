@@ -3,6 +3,8 @@
     python eval.py runs/hypo runs/dpo              # one table; goodhart.png: win rate against KL
     python eval.py runs/hypo --against runs/dpo    # also: win rate over another run's responses
     python eval.py runs/hypo --samples 2048        # measure the saved policy on more responses
+    python eval.py runs/hypo --prompts FILE        # or on prompts of one's own, one a line
+    python eval.py runs/hypo --ask "The plot was"  # what it and pi_ref answer to that
 
 A run is evaluated while it trains, on prompts it never trains on, always the same, with the same
 random seed and the same opponent, pi_ref's responses. Training reads none of these numbers.
@@ -10,9 +12,11 @@ random seed and the same opponent, pi_ref's responses. Training reads none of th
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,8 @@ import torch
 
 import run
 from judges import load_judge
-from lm import LM, Refused
+from lm import LM, Prompt, Refused, text_of
+from rows import prompt_ids, prompt_of, read_objects
 from run import UserError
 
 # an algorithm has the same colour in every picture
@@ -144,7 +149,7 @@ def read_metrics(directory) -> list[dict]:
         raise UserError(f"{directory}: not a run, for it has no metrics.jsonl; name directories "
                         "that hypo.py, dpo.py or rlhf.py wrote, such as runs/hypo")
     lines = run.read_rows(path)
-    if not all(isinstance(row, dict) for row in lines) or not any("reverse_kl" in row for row in lines):
+    if not any("reverse_kl" in row for row in lines):
         raise UserError(f"{path} holds no evaluation of a policy; name the run of one, such as "
                         "runs/hypo or runs/ppo")
     return lines
@@ -154,7 +159,7 @@ def read_responses(directory) -> list[dict]:
     """The rows of a run's responses.jsonl."""
     path = Path(directory) / "responses.jsonl"
     rows = run.read_rows(path)
-    if not rows or not all(isinstance(row, dict) and {"prompt", "reward"} <= row.keys() for row in rows):
+    if not rows or not all({"prompt", "reward"} <= row.keys() for row in rows):
         raise UserError(f"{path} does not hold a run's responses; was it changed?")
     return rows
 
@@ -171,7 +176,7 @@ def write_samples(path, rows: list[dict], n: int = 12) -> None:
     bare = str.maketrans({"|": r"\|", "\n": " "})  # a cell holds no bare bar and no line break
     for row in rows[:n]:
         cells = (row[x] for x in ("prompt", "ref_response", "ref_reward", "response", "reward"))
-        texts = (f"{x:+.1f}" if isinstance(x, float) else (x or "").strip() for x in cells)
+        texts = (f"{x:+.1f}" if isinstance(x, float) else text_of(x or "").strip() for x in cells)
         lines.append(f"| {' | '.join(text.translate(bare) for text in texts)} |")
     run.write_text(path, "\n".join(lines) + "\n")
 
@@ -262,6 +267,7 @@ def plot_goodhart(runs: dict[str, list[dict]], names: dict[str, str], path) -> N
     labels = ["win rate against pi_ref", "the same by the second judge"][:1 + two]
     figure, axes = panels(labels, "KL(policy || pi_ref), nats a sequence (square-root scale)", 6.0)
     for axis, metric in zip(axes, ("win_rate", "second_win_rate")):
+        axis.sharey(axes[0])  # one quantity, one scale; shared before it is fitted to what is drawn
         for directory, rows in runs.items():
             points = [row for row in rows if row.get(metric) is not None]
             if not points:  # run without a judge: it has no win rate to draw
@@ -277,14 +283,13 @@ def plot_goodhart(runs: dict[str, list[dict]], names: dict[str, str], path) -> N
         axis.axhline(0.5, color="gray", lw=0.8, ls=":")
         axis.set_xscale("function", functions=(lambda x: abs(x) ** 0.5, lambda x: x**2))
         axis.set(xmargin=0.15, xlim=(0, None))  # room for labels; KL 0, for which log has no place
-        axis.sharey(axes[0])  # one quantity, one scale
     figure.suptitle("a line a run, a dot a checkpoint, the arrow points to the last", fontsize=10)
     save(figure, path)
 
 
 # ---- the command
 
-def against(directory, opponent) -> tuple[float, float, float]:
+def against(directory, opponent) -> tuple[float, tuple[float, float]]:
     """(win rate, its 95 % interval) of one run's responses over another's, as they were judged."""
     for path in (directory, opponent):
         read_metrics(path)  # says so if it is not a run
@@ -294,24 +299,22 @@ def against(directory, opponent) -> tuple[float, float, float]:
                         "both the same --data, --seed and --eval-samples")
     if any(row["reward"] is None for row in mine + theirs):  # nobody judged them
         raise UserError(f"{directory} or {opponent} was run without a judge; run it with --judge")
-    rate, (low, high) = win_rate([row["reward"] for row in mine], [row["reward"] for row in theirs])
-    return rate, low, high
+    return win_rate([row["reward"] for row in mine], [row["reward"] for row in theirs])
 
 
-def measured_again(directory, samples: int) -> dict:
-    """A finished run's last line with more responses, which directory/again/ then holds."""
+def reload(directory, flag: str) -> argparse.Namespace:
+    """What a finished run leaves for more: policy, pi_ref, judges, its prompts, its arguments."""
     summary, directory = read_summary(directory), Path(directory)
     if not summary:
-        raise UserError(f"--samples: {directory} is not finished, so there is no policy to measure")
-    settings = summary.get("settings")
-    lacks = {"judge", "second_judge", "pi_ref"} - summary.keys() or {
-        "device", "dtype", "seed", "steps", "max_new_tokens", "batch_size", "micro_batch"} - {
-        *(settings if isinstance(settings, dict) else ())}
+        raise UserError(f"{flag}: {directory} is not finished, so it has no policy yet")
+    settings: Any = summary.get("settings")
+    has = {*summary, *(settings if isinstance(settings, dict) else ())}
+    lacks = {"judge", "second_judge", "pi_ref", "device", "dtype", "seed", "steps", "batch_size",
+             "max_new_tokens", "micro_batch"} - has
     if lacks:
-        raise UserError(f"--samples: {directory}/summary.json has no {min(lacks)}; was the run made "
+        raise UserError(f"{flag}: {directory}/summary.json has no {min(lacks)}; was the run made "
                         "by another version?")
-    args = argparse.Namespace(
-        **{**summary["settings"], "eval_samples": samples, "out": directory / "again", "resume": False})
+    args = argparse.Namespace(**{**settings, "out": directory / "again", "resume": False})
     if args.device != "cpu" and not torch.cuda.is_available():  # it was run on another machine
         args.device, args.dtype = "cpu", "float32"
     names = [summary[role] or "none" for role in ("judge", "second_judge")]
@@ -321,46 +324,147 @@ def measured_again(directory, samples: int) -> dict:
         ref, policy = (LM.load(path, args.device, args.micro_batch, args.batch_size)
                        for path in (summary["pi_ref"], str(directory / "policy")))
     except Refused as error:
-        raise UserError(f"--samples: {directory} cannot be measured again: {error}") from error
-    prompts = dict.fromkeys(row["prompt"] for row in read_responses(directory))
-    start = argparse.Namespace(ref=ref, held_out_prompts=[*prompts], held_out=[], outcome=outcome,
-                               second=second, more=None)  # each prompt once, in their order
+        raise UserError(f"{flag}: {directory} cannot be loaded again: {error}") from error
+    prompts = {text_of(row["prompt"]): row["prompt"] for row in read_responses(directory)}
+    return argparse.Namespace(  # each prompt once, in their order
+        args=args, policy=policy, ref=ref, held_out_prompts=[*prompts.values()], held_out=[],
+        outcome=outcome, second=second, more=None)
+
+
+def measured_again(directory, samples: int | None, file: str | None) -> dict:
+    """A finished run's last line with other responses, which directory/again/ then holds."""
+    start = reload(directory, "--prompts" if file else "--samples")
+    args = start.args
+    if file:
+        start.held_out_prompts = [readable(row, where, start, args.max_new_tokens)
+                                  for where, row in read_prompts(file)]
+    args.eval_samples = samples or len(start.held_out_prompts)
     with run.working(args):
-        measured = Evaluator(start, args)(policy)
-    run.write_rows(args.out / "metrics.jsonl", [{"step": args.steps, **measured}])
+        measured = {"step": args.steps, **Evaluator(start, args)(start.policy)}
+    run.write_rows(args.out / "metrics.jsonl", [measured])
     return measured
 
 
-def main(argv=None):
+def read_prompts(path: str) -> list[tuple[str, dict]]:
+    """("file:line", {"prompt"}) of a JSONL file, or of the lines of any other."""
+    if path.endswith(".jsonl"):
+        return read_objects(path, "--prompts")
+    with run.touching(path, "--prompts"):
+        lines = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
+    prompts = [(f"{path}:{n}", {"prompt": line}) for n, line in enumerate(lines, 1) if line.strip()]
+    if not prompts:
+        raise UserError(f"--prompts {path}: no prompts")
+    return prompts
+
+
+def readable(row: dict, where: str, start, max_new_tokens: int) -> Prompt:
+    """The row's prompt; a text is a user's turn if the run's own prompts are conversations."""
+    prompt = prompt_of(row, where)
+    if isinstance(prompt, str) and isinstance(start.held_out_prompts[0], list):
+        prompt = [{"role": "user", "content": prompt}]
+    prompt_ids(start.ref, prompt, where, max_new_tokens)
+    return prompt
+
+
+def answers(runs: dict, text: str, args, number: int) -> str:
+    """What pi_ref and each run, directory -> reload, answer to a text; log-ratios, and rewards.
+
+    number: of the question. All draw with the same random numbers: equal policies answer alike.
+    """
+    start = next(iter(runs.values()))
+    ref, new_tokens = start.ref, args.max_new_tokens or start.args.max_new_tokens
+    prompt, responses = readable({"prompt": text}, "--ask", start, new_tokens), []
+    policies = {"pi_ref": ref, **{path: start.policy for path, start in runs.items()}}
+    n, ids = len(policies), ref.encode_prompt(prompt)
+    seed = run.seed_of(args.seed or 0, "ask", number)
+    with torch.no_grad(), run.precision(start.args):
+        for policy in policies.values():
+            generator = torch.Generator(ref.device).manual_seed(seed)
+            responses += policy.sample([ids], new_tokens, generator, args.temperature or 1.0)
+        logps = [policy.logps([ids] * n, responses) for policy in policies.values()]  # of (n,)
+    texts = [ref.decode(response) for response in responses]
+    figures = {f"log-ratio of {path}, nats": logp - logps[0] for path, logp in zip(runs, logps[1:])}
+    figures |= {name: judge([prompt] * n, texts) for name, judge in (
+        ("reward", start.outcome), ("second judge's", start.second)) if judge}
+    columns = [[name, *map("{:+.2f}".format, numbers)] for name, numbers in figures.items()]
+    lines = []
+    for name, response, text in zip(policies, responses, texts):
+        lines += [name + (":" if ref.ended(response) else ", cut:"),
+                  *(textwrap.fill(line, 80) for line in text.strip().split("\n")), ""]
+    return "\n".join([*lines, aligned([list(row) for row in zip(["", *policies], *columns)]), ""])
+
+
+def ask(args) -> None:
+    """Print the answers to the text of --ask; without one, to each line until an empty one."""
+    runs = {path: reload(path, "--ask") for path in args.runs}
+    sources = [start.ref.source for start in runs.values()]
+    if len({*sources}) > 1:
+        raise UserError(f"--ask: the runs have no common pi_ref, but {' and '.join(sources)}")
+    typed = iter(functools.partial(input, "prompt (an empty line ends)> "), "")
+    try:
+        for number, text in enumerate([args.ask] if args.ask else typed):
+            try:
+                print(answers(runs, text, args, number))
+            except UserError as error:
+                if args.ask:
+                    raise
+                print(f"{error}\n")
+    except EOFError:  # Ctrl-D
+        print()
+
+
+def arguments(argv) -> argparse.Namespace:
+    """The command's arguments, checked."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="directories that hypo.py, dpo.py or rlhf.py wrote")
     add("--against", metavar="RUN", help="also the win rate against this run's responses")
-    add("--samples", type=run.COUNT, help="measure the saved policies again, on so many responses each")
+    add("--samples", type=run.COUNT, help="measure the saved policies again, on so many responses")
+    add("--prompts", metavar="FILE", help="measure them on these prompts: a text file, one a line, or "
+        ".jsonl with a field prompt, a text or messages")
     add("--out", default="goodhart.png", help="the picture (default goodhart.png)")
+    add("--ask", nargs="?", const="", metavar="TEXT", help="what pi_ref and the policies answer, with "
+        "log pi/pi_ref in nats and the first run's judges' rewards; without TEXT, a prompt loop")
+    add("--temperature", type=run.number(float, 0.01), help="of the answers (default 1, the "
+        "policy itself, whose log pi/pi_ref is shown in any case; near 0, greedy)")
+    add("--seed", type=run.SEED, help="another one draws other answers (default 0)")
+    add("--max-new-tokens", type=run.COUNT, help="longest answer (default: that of the first run)")
     args = parser.parse_args(argv)
+    how, names = ("without", ("temperature", "seed", "max_new_tokens")) if args.ask is None else (
+        "with", ("against", "samples", "prompts"))
+    for name in names:
+        if getattr(args, name) is not None:
+            parser.error(f"--{name.replace('_', '-')} would have no effect {how} --ask")
     form, forms = Path(args.out).suffix[1:], panels([""], "")[0].canvas.get_supported_filetypes()
     if form not in forms:
         parser.error(f"--out {args.out}: the picture's name must end in .png, .pdf or .svg")
     if args.against and {args.against} == {*args.runs}:
         parser.error(f"--against {args.against} is the only run that is given")
+    return args
+
+
+def main(argv=None):
+    args = arguments(argv)
+    if args.ask is not None:
+        return ask(args)
     runs = {directory: read_metrics(directory) for directory in args.runs}
-    if args.samples:
-        more = {path: measured_again(path, args.samples) for path in {*runs, args.against} if path}
-        for path, lines in runs.items():
-            lines[-1] = {**lines[-1], **more[path]}
+    again = "again" if args.samples or args.prompts else ""  # where measured_again writes
+    for path in {*runs, args.against} - {None} if again else ():
+        line = measured_again(path, args.samples, args.prompts)
+        if path in runs:
+            runs[path] = [line] if args.prompts else [*runs[path][:-1], {**runs[path][-1], **line}]
     names = {path: read_summary(path).get("algorithm", Path(path).name) for path in runs}
     last = ([row for row in lines if "reverse_kl" in row][-1] for lines in runs.values())
     rows = [{**row, "run": path} for path, row in zip(runs, last)]  # a run may be still going on
-    print(table([{"run": "pi_ref", **runs[args.runs[0]][0]}, *rows]))
-    again = "again" if args.samples else ""  # where --samples left the responses
+    pi_ref = {"run": "pi_ref", **runs[args.runs[0]][0]}  # measured on the run's own prompts
+    print(table(rows if args.prompts else [pi_ref, *rows]))
     for directory in [path for path in runs if args.against not in (None, path)]:
-        rate, low, high = against(Path(directory) / again, Path(args.against) / again)
+        rate, (low, high) = against(Path(directory) / again, Path(args.against) / again)
         print(f"{directory} against {args.against}: win rate {rate:.3f} [{low:.3f}, {high:.3f}]")
     plot_goodhart(runs, names, args.out)
     print(f"\nwin rate against KL, a dot a checkpoint: {args.out}")
 
 
 if __name__ == "__main__":
-    run.start(main)
+    run.start(main, again="the same command begins anew")

@@ -144,7 +144,7 @@ class FastLM(lm.LM):
                     logits, mask, positions = logits[keep], mask[keep], positions[keep]
                 ids = draw(logits, uniform[rows, t], temperature)[:, None]  # (n, 1)
                 tokens[rows, t] = ids.squeeze(1)
-                alive &= ids.squeeze(1) != self.eos_id
+                alive &= ~torch.isin(ids.squeeze(1), self.ends)
                 if not alive.any():
                     break
                 mask = torch.cat([mask, torch.ones_like(ids)], dim=1)

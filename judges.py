@@ -14,12 +14,13 @@ import math
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from lm import Refused, Scorer, read_model
+from lm import Prompt, Refused, Scorer, progress, read_model, text_of
 from world import Judge, golden_judge
 
 
@@ -34,7 +35,7 @@ def load_judge(name: str, device: str = "cpu") -> Judge | None:
     if not os.path.isdir(name):
         raise Refused(f"{name} is neither golden, vader or none, nor a directory with a judge.json "
                       "or a sequence-classification model")
-    model, tokenizer = read_model(
+    model, tokenizer, _ = read_model(
         AutoModelForSequenceClassification, "a judge.json or a sequence-classification model", name)
     labels = model.config.num_labels
     if labels > 2:
@@ -47,7 +48,10 @@ def load_judge(name: str, device: str = "cpu") -> Judge | None:
 
 
 def reward_model_rewards(scorer: Scorer):
-    """A decoder with one label: its score at the last token of prompt + response + EOS."""
+    """A decoder with one label: its score at the last token of prompt + response + EOS.
+
+    A conversation is written out by the chat template of the judge, not by the policy's.
+    """
     config, room = scorer.model.config, scorer.context_length
     center = getattr(config, "reward_center", 0.0)  # rlhf.py writes both, other models have neither
     bound = getattr(config, "reward_clip", None) or math.inf
@@ -55,11 +59,18 @@ def reward_model_rewards(scorer: Scorer):
         raise Refused("a reward model needs an EOS token, and in its config.json a reward_center that "
                       "is a number and a reward_clip above 0, or neither")
 
-    def rewards_of(prompts: list[str], responses: list[str]) -> list[float]:
-        """See world.Judge. A prompt that is too long loses its start."""
-        response_ids = [scorer.encode_response(text, room - 1) for text in responses]
-        prompt_ids = [scorer.encode_prompt(text)[len(ids) - room:]
-                      for text, ids in zip(prompts, response_ids, strict=True)]
+    def ids_of(prompt: Prompt, response: str) -> tuple[list[int], list[int]]:
+        """(prompt, response). A prompt that is too long loses its start."""
+        if not scorer.tokenizer.chat_template:
+            prompt = text_of(prompt)
+        ids = scorer.encode_response(response, room - 1, prompt)
+        if not isinstance(prompt, str) and not hasattr(config, "reward_center"):
+            ids = scorer.answer(response, prompt)[:room - 1]  # others read it where the template ends
+        return scorer.encode_prompt(prompt)[len(ids) - room:], ids
+
+    def rewards_of(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        """See world.Judge."""
+        prompt_ids, response_ids = zip(*(ids_of(x, y) for x, y in zip(prompts, responses, strict=True)))
         rewards = scorer.predict(prompt_ids, response_ids) - center
         return rewards.clamp(-bound, bound).tolist()
 
@@ -73,12 +84,20 @@ def classifier_rewards(model, tokenizer):
     can_pad = tokenizer.pad_token_id is not None and model.config.pad_token_id is not None
     n = 64 if can_pad else 1  # texts in a batch
 
+    def text(prompt: Prompt, response: str) -> str:
+        """Both; a conversation as the classifier's chat template has it, less the BOS, which comes later."""
+        if isinstance(prompt, str) or not tokenizer.chat_template:
+            return text_of(prompt) + response
+        whole = tokenizer.apply_chat_template(
+            [*prompt, {"role": "assistant", "content": response}], tokenize=False)
+        return whole.removeprefix(tokenizer.bos_token or "")
+
     @torch.no_grad()
-    def rewards_of(prompts: list[str], responses: list[str]) -> list[float]:
+    def rewards_of(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         """See world.Judge. Texts are fed as the classifier's tokenizer feeds them."""
         rewards: list[float] = []
-        texts = [p + y for p, y in zip(prompts, responses, strict=True)]
-        for i in range(0, len(texts), n):
+        texts = [text(p, y) for p, y in zip(prompts, responses, strict=True)]
+        for i in progress(range(0, len(texts), n), "judge", "batches"):
             batch = tokenizer(texts[i:i + n], return_tensors="pt", padding=can_pad, truncation=True,
                               max_length=longest).to(model.device)
             logits = model(**batch).logits.float()  # (b, 1) or (b, 2)
@@ -96,9 +115,10 @@ def vader_rewards():
         raise Refused("vader is not installed; run: pip install vaderSentiment==3.3.2") from None
     score = SentimentIntensityAnalyzer().polarity_scores
 
-    def rewards_of(prompts: list[str], responses: list[str]) -> list[float]:
+    def rewards_of(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         """See world.Judge."""
-        compound = [score(p + y)["compound"] for p, y in zip(prompts, responses, strict=True)]
+        texts = [text_of(p) + y for p, y in zip(prompts, responses, strict=True)]
+        compound = [score(text)["compound"] for text in texts]
         return [2 * math.atanh(max(-0.9999, min(0.9999, c))) for c in compound]
 
     return rewards_of
@@ -131,4 +151,4 @@ def bag_of_words_rewards(path):
         return model["intercept"] + logit
 
     return lambda prompts, responses: [
-        log_odds(p + y) for p, y in zip(prompts, responses, strict=True)]
+        log_odds(text_of(p) + y) for p, y in zip(prompts, responses, strict=True)]

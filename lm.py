@@ -10,6 +10,9 @@ alike. A response is an action: it ends with its EOS, or is cut at max_new_token
 So the policy is a distribution over responses, log pi(y|x) is the sum over the response's tokens,
 EOS included, and every formula of the papers holds as written.
 
+A prompt may also be a conversation, a list of messages {"role", "content"}. The model's chat template
+writes it out; its answer then ends as the template ends one, often not with the tokenizer's EOS.
+
 A batch lays every response out from the same column, so that one slice of the model's output serves
 all rows, and in sampling the last column is every text's last token:
 
@@ -25,14 +28,17 @@ These are the plain forms, which `--plain` runs. By default fast.py replaces LM.
 LM.sample_batch with quicker ones.
 """
 
+import contextlib
 import copy
 import functools
 import inspect
+import itertools
 import math
 import os
 import random
 import re
 import shutil
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,7 +46,8 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from huggingface_hub import model_info, try_to_load_from_cache
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from safetensors import safe_open
 from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
 from torch.nn.utils.rnn import pad_sequence
@@ -51,6 +58,11 @@ transformers.logging.disable_progress_bar()  # its bars for loading a file would
 transformers.logging.set_verbosity_error()  # a new score head is no news: we make it on purpose
 
 Ids = list[int]  # the tokens of a prompt or of a response
+Message = dict[str, str]  # {"role": such as "user" or "assistant", "content": what was said}
+Prompt = str | list[Message]  # a text as it is, or a conversation that the assistant goes on with
+
+PROBE = "probe"  # in place of what is said, to see what a chat template writes around it
+BREAK = "\ufdd0"  # no character of any text: in a special token that somebody has spelled out
 
 
 class Encoded(NamedTuple):
@@ -66,6 +78,34 @@ class Encoded(NamedTuple):
 
 class Refused(ValueError):
     """A model or a judge that cannot be used, and why. data.py tells the user, with the flag."""
+
+
+def text_of(prompt: Prompt) -> str:
+    """A prompt to read or to sort by: of a conversation, who said what."""
+    if isinstance(prompt, str):
+        return prompt
+    turns = [f"{message['role'].capitalize()}: {message['content']}" for message in prompt]
+    return "\n\n".join([*turns, "Assistant: "])
+
+
+class Lines(tqdm):
+    """tqdm's bar where there is no terminal: a line every two minutes."""
+
+    def __init__(self, things, desc: str, unit: str):
+        super().__init__(things, desc, delay=120, mininterval=120, maxinterval=120, miniters=1, bar_format=(
+            f"{{desc}}: {{n_fmt}} of {{total_fmt}} {unit}, {{elapsed}} so far{{postfix}}"), leave=False)
+
+    @staticmethod
+    def status_printer(file):
+        """Without the carriage return of a bar."""
+        return lambda text: text and print(text, file=file)
+
+
+def progress(things, desc: str, unit: str, leave: bool = False) -> tqdm:
+    """A bar on a terminal, shown after three seconds; elsewhere a line every two minutes."""
+    if not sys.stderr.isatty():
+        return Lines(things, desc, unit)
+    return tqdm(things, desc=desc, unit=" " + unit, leave=leave, delay=3, dynamic_ncols=True)
 
 
 # ---- batches
@@ -134,6 +174,7 @@ def in_parts(method: Callable) -> Callable:
 
 class Network(torch.nn.Module):
     """A transformers model with its tokenizer. Its forward pass never has dropout."""
+    ends: torch.Tensor  # the tokens at which a response ends
 
     def __init__(self, model, tokenizer, micro_batch: int | None = None, batch_size: int = 64,
                  source: str = ""):
@@ -142,7 +183,18 @@ class Network(torch.nn.Module):
         self.micro_batch = micro_batch  # rows in a forward and backward pass; None: all
         self.batch_size = batch_size  # pairs in a pass without a gradient: as many as in a step
         self.source = source  # the directory or hub name that it was loaded from
-        self.eos_id: int = tokenizer.eos_token_id
+        self.dtype = torch.float32  # in which it is saved
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        names = sorted({*special, *tokenizer.all_special_tokens}, key=len, reverse=True)
+        self.special = re.compile("|".join(map(re.escape, names)) or "(?!)")  # as somebody spells it
+        self.eos_id: int = self.end_of_turn() or tokenizer.eos_token_id  # which encoding writes
+        # all at which a response ends: also those of generation_config, as `generate` would
+        listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        added = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+        self.end_ids = {self.eos_id, tokenizer.eos_token_id} - {None} | added.intersection(
+            listed if isinstance(listed, list) else [listed])
+        self.register_buffer("ends", torch.tensor(sorted(self.end_ids)), persistent=False)
+        self.opening = functools.lru_cache(4096)(self.opening_of)
         config = getattr(model.config, "text_config", None) or model.config  # of one that also sees
         self.context_length: int = getattr(config, "max_position_embeddings", None) or 10**9
         rope = getattr(config, "rope_parameters", None) or {}
@@ -167,27 +219,110 @@ class Network(torch.nn.Module):
     def device(self):
         return self.model.device
 
-    def encode_prompt(self, text: str) -> Ids:
-        """Token ids, with one BOS in front if the tokenizer uses one. Never empty."""
-        ids = self.tokenizer.encode(text, add_special_tokens=False)  # no template, no EOS
+    def encode_prompt(self, prompt: Prompt) -> Ids:
+        """Token ids; of a text, with one BOS in front if the tokenizer uses one. Never empty.
+
+        Refused: a conversation that the chat template does not write out whole.
+        """
+        if not isinstance(prompt, str):
+            return self.opening(tuple((message["role"], message["content"]) for message in prompt))[0]
+        # no template, no EOS; who spells out a special token means the text
+        ids = self.tokenizer.encode(prompt, add_special_tokens=False, split_special_tokens=True)
         bos = self.tokenizer.bos_token_id
-        if bos is not None and ids[:1] != [bos] and self.tokenizer("a").input_ids[:1] == [bos]:
+        if bos is not None and self.tokenizer("a").input_ids[:1] == [bos]:
             ids = [bos, *ids]
         return ids or [self.eos_id if bos is None else bos]  # something must predict
 
-    def encode_response(self, text: str, max_new_tokens: int) -> Ids:
-        """Token ids with exactly one EOS at the end; or, if too long, cut and then without EOS."""
+    def encode_response(self, text: str, max_new_tokens: int, prompt: Prompt = "") -> Ids:
+        """Token ids with exactly one EOS at the end; or, if too long, cut and then without EOS.
+
+        prompt: what it answers; after a conversation, the chat template writes out the answer.
+        """
+        ids = self.answer(text, prompt)
+        end = next((t for t, token in enumerate(ids) if token in self.end_ids), len(ids))
+        return [*ids[:end], *(ids[end:end + 1] or [self.eos_id])][:max_new_tokens]
+
+    def continued(self, text: str, **how) -> Ids:
+        """Token ids of a text that is no start."""
         text = "\n" + text if self.lead else text
-        ids = self.tokenizer.encode(text, add_special_tokens=False)[len(self.lead):]
-        if ids[-1:] != [self.eos_id]:  # the text may have written it out
-            ids.append(self.eos_id)
-        return ids[:max_new_tokens]
+        return self.tokenizer.encode(text, add_special_tokens=False, **how)[len(self.lead):]
 
     def decode(self, ids: Ids) -> str:
-        """The text of a response, without its EOS."""
-        decode = functools.partial(self.tokenizer.decode, skip_special_tokens=True,
-                                   clean_up_tokenization_spaces=False)
+        """The text of a response without the token that ends it, or of a prompt without its BOS."""
+        ids = ids[ids[:1] == [self.tokenizer.bos_token_id]:]
+        ids = ids[:-1] if self.ended(ids) else ids
+        decode = functools.partial(self.tokenizer.decode, clean_up_tokenization_spaces=False)
         return decode(self.lead + ids)[len(decode(self.lead)):]
+
+    def ended(self, ids: Ids) -> bool:
+        """Whether the response has its end, and was not cut."""
+        return bool(ids) and ids[-1] in self.end_ids
+
+    # a conversation, as the chat template writes it
+
+    def end_of_turn(self) -> int | None:
+        """The token with which the chat template ends an answer; None if there is none."""
+        try:
+            after = self.chat([("user", PROBE), ("assistant", PROBE)]).rpartition(PROBE)[2]
+        except Refused:
+            return None
+        ids = self.tokenizer.encode(after, add_special_tokens=False)
+        return next((token for token in ids if token in self.tokenizer.added_tokens_decoder), None)
+
+    def chat(self, turns, **how) -> str:
+        """The chat template's text of (role, content) turns. It has BREAK in spelled special tokens."""
+        if not self.tokenizer.chat_template:
+            raise Refused("messages need a chat template, but this tokenizer has none; use a chat model, "
+                          "or give prompt and responses as strings")
+        messages = [{"role": role, "content": self.special.sub(
+            lambda found: found[0][0] + BREAK + found[0][1:], content)} for role, content in turns]
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **how)
+        except Exception as error:  # templates refuse what they do not like, in ways of their own
+            raise Refused(f"the chat template refuses these messages: {error!s:.200}") from None
+
+    def chat_ids(self, text: str) -> Ids:
+        """The token ids of what `chat` wrote."""
+        first, *rest = text.split(BREAK)
+        ids = self.tokenizer.encode(first, add_special_tokens=False)
+        return ids + [token for part in rest for token in self.continued(part)]
+
+    def opening_of(self, turns: tuple[tuple[str, str], ...]) -> tuple[Ids, str]:
+        """(token ids, text) of a conversation up to where the assistant's answer begins.
+
+        That is what the template asks for an answer with, and also writes before one that is given:
+        R1's asks with a "<think>" that it leaves out of answers.
+        """
+        shape = [(role, f"{PROBE}{i}.") for i, (role, _) in enumerate(turns)]
+        written = self.chat(shape, add_generation_prompt=True)
+        lost = [role for role, content in shape if content not in written]
+        asked = self.chat(turns, add_generation_prompt=True)
+        answered = self.chat([*turns, ("assistant", PROBE)])
+        opening = os.path.commonprefix([asked, answered])
+        if not lost and opening != asked and not opening.startswith(self.chat(turns)):
+            lost = ["system" if "system" in dict(turns) else "user"]
+        if lost or PROBE not in answered[len(opening):]:
+            raise Refused(f"the chat template leaves out or alters a turn of the {(lost or ['assistant'])[0]}"
+                          " in this conversation; put a system's text into the first turn of the user, "
+                          "leave the row out, or use a model whose template keeps it")
+        ids = zip(self.chat_ids(asked), self.chat_ids(answered))
+        return [a for a, _ in itertools.takewhile(lambda both: both[0] == both[1], ids)], opening
+
+    def answer(self, text: str, prompt: Prompt) -> Ids:
+        """Token ids of a response; after a conversation, with all that the template writes behind it."""
+        if isinstance(prompt, str):
+            return self.continued(text, split_special_tokens=True)
+        turns = tuple((message["role"], message["content"]) for message in prompt)
+        before, opening = self.opening(turns)
+        whole = self.chat([*turns, ("assistant", text)])
+        rest = whole[len(opening):]
+        said = [part.strip() for part in re.split("</?think>", text)]
+        if not whole.startswith(opening) or not all(part in rest.replace(BREAK, "") for part in said):
+            raise Refused("the chat template leaves out a part of this answer, such as its thoughts; "
+                          f"take it out of the data, too: {text!r:.60}")
+        ids = self.chat_ids(whole)
+        # in the other case the answer's first letters are one token with what is before
+        return ids[len(before):] if ids[:len(before)] == before else self.chat_ids(rest)
 
     def layers(self) -> torch.nn.ModuleList:
         """The transformer's layers, from the lowest up."""
@@ -215,11 +350,18 @@ class Network(torch.nn.Module):
         directory = Path(directory)
         beside = directory.with_name(directory.name + ".tmp")  # renamed when it is complete
         shutil.rmtree(beside, ignore_errors=True)
+        model = self.model if self.dtype == torch.float32 else copy.deepcopy(self.model).to(self.dtype)
+        if model.can_generate():  # `generate` is to end a response where we do
+            model.generation_config.eos_token_id = [self.eos_id, *self.end_ids - {self.eos_id}]
         try:
-            self.model.save_pretrained(beside)
+            model.save_pretrained(beside)
             self.tokenizer.save_pretrained(beside)
             if card:
                 (beside / "README.md").write_text(card, encoding="utf-8")
+            umask = os.umask(0)  # there is no other way to read it
+            os.umask(umask)
+            for file in beside.iterdir():  # safetensors' files are for their owner alone
+                file.chmod(0o666 & ~umask)
             shutil.rmtree(directory, ignore_errors=True)
             os.replace(beside, directory)
         finally:
@@ -279,10 +421,11 @@ class LM(Network):
                              device=self.device)
         rows: list[Ids] = []  # of equal length in a batch
         n = 4 * self.batch_size  # a row takes less than in a training step: nothing to go back for
-        for i in tqdm(range(0, len(prompts), n), desc="sampling", unit="batch", leave=False,
-                      delay=3, disable=None):
+        for i in progress(range(0, len(prompts), n), "sampling", "batches"):
             rows += self.sample_batch(prompts[i:i + n], uniform[i:i + n], temperature)
-        return [row[:row.index(self.eos_id) + 1] if self.eos_id in row else row for row in rows]
+        lengths = [next((t for t, token in enumerate(row, 1) if token in self.end_ids), len(row))
+                   for row in rows]
+        return [row[:n] for row, n in zip(rows, lengths)]
 
     def sample_batch(self, prompts, uniform, temperature=1.0, draw: Callable = draw) -> list[Ids]:
         """Rows of tokens, of equal length: what follows a row's first EOS has no meaning.
@@ -303,11 +446,11 @@ class LM(Network):
                 **{self.cache_name: cache}).logits[:, -1]  # (B, V)
             ids = draw(logits, uniform[:, len(tokens)], temperature)[:, None]  # (B, 1)
             tokens.append(ids)  # also of rows that have ended: see sample
-            alive &= ids.squeeze(1) != self.eos_id
+            alive &= ~torch.isin(ids.squeeze(1), self.ends)
             mask, positions = torch.cat([mask, torch.ones_like(ids)], dim=1), positions[:, -1:] + 1
         return torch.cat(tokens, dim=1).tolist()
 
-    def respond(self, prompts: Sequence[str], max_new_tokens: int, generator: torch.Generator):
+    def respond(self, prompts: Sequence[Prompt], max_new_tokens: int, generator: torch.Generator):
         """`sample` for texts: (ids of the prompts, ids of the responses, texts of the responses)."""
         prompt_ids = [self.encode_prompt(prompt) for prompt in prompts]  # apart from responses
         responses = self.sample(prompt_ids, max_new_tokens, generator)
@@ -324,7 +467,7 @@ class LM(Network):
         """
         # six tensors of (n, T, V) at a time, for a training step holds as many of (2 pairs, T, V)
         kls, n = [], min(-(-self.batch_size // 2), self.micro_batch or self.batch_size)
-        for start in range(0, len(prompts), n):
+        for start in progress(range(0, len(prompts), n), "KL", "batches"):
             batch = prompts[start:start + n], responses[start:start + n]
             logits, _, mask = self.response_logits(*batch)
             log_pi = logits.log_softmax(-1)  # (n, T, V)
@@ -341,7 +484,7 @@ class LM(Network):
         on from another state than the scorer. They run to the end all the same, and the run is of
         no policy. In float32 the right ones agree to 1e-5 of the logits' spread.
         """
-        ordinary = sorted({*range(len(self.tokenizer))} - {*self.tokenizer.all_special_ids})
+        ordinary = sorted({*range(len(self.tokenizer))} - {*self.tokenizer.all_special_ids, *self.end_ids})
         rng = random.Random(0)
         prompts, forced = ([rng.choices(ordinary, k=n) for n in lengths] for lengths in ((1, 5), (4, 4)))
         tokens, logits = torch.tensor(forced, device=self.device), []  # the sampler's logits
@@ -377,13 +520,13 @@ class LM(Network):
         """The policy in a transformers directory or under a hub name, weights in float32."""
         if os.path.isfile(name):
             raise Refused(f"{name} is a file; name the directory that it is in")
-        if not os.path.isdir(name):
-            require_on_hub(name)
-        model, tokenizer = read_model(
+        model, tokenizer, dtype = read_model(
             transformers.AutoModelForCausalLM, "a causal language model", name)
-        if tokenizer.eos_token_id is None:
+        policy = cls(model, tokenizer, micro_batch, batch_size, name).to(device)
+        if policy.eos_id is None:
             raise Refused(f"the tokenizer of {name} has no EOS token, so a response could not end")
-        return cls(model, tokenizer, micro_batch, batch_size, name).to(device)
+        policy.dtype = dtype
+        return policy
 
     @classmethod
     def untrained(cls, texts: Sequence[str], layers: int, width: int, heads: int, positions: int,
@@ -406,15 +549,19 @@ class LM(Network):
 # ---- models from outside
 
 def read_model(kind, what: str, name: str):
-    """(model, tokenizer) of a directory or a hub name, the weights in float32 as the files have them.
+    """(model, tokenizer, dtype of the files) of a directory or a hub name, the weights in float32.
 
     kind: a transformers Auto class, for `what`. Refused: what is damaged, incomplete or another kind.
     """
-    refuse_files(Path(name))
-    safe: Any = dict(trust_remote_code=False)
+    here = os.path.isdir(name)
+    if here:
+        refuse_files(Path(name))
+    # a hub that does not answer would be asked again and again, for minutes
+    safe: Any = dict(trust_remote_code=False, local_files_only=here or not hub_answers(name, "model"))
     part = "config.json"
     try:
         config = transformers.AutoConfig.from_pretrained(name, **safe)
+        dtype = config.dtype or torch.float32
         if getattr(config, "activation_function", None) == "gelu_new":
             config.activation_function = "gelu_pytorch_tanh"  # the same function in one kernel
         if getattr(config, "quantization_config", None):
@@ -437,7 +584,7 @@ def read_model(kind, what: str, name: str):
                       ) from None
     refuse_unfit(name, model, tokenizer, found)
     # a copy: a mapped file puts weights at another alignment, and products then round otherwise
-    return copy.deepcopy(model), tokenizer
+    return copy.deepcopy(model), tokenizer, dtype
 
 
 def refuse_unfit(name: str, model, tokenizer, found: dict) -> None:
@@ -485,15 +632,18 @@ def refuse_files(directory: Path) -> None:
                       "DIR).save_pretrained(NEW)")
 
 
-def require_on_hub(name: str) -> None:
-    """Refused at once if neither the hub nor this machine's copy of it has the model."""
+def hub_answers(name: str, kind: str) -> bool:
+    """Whether the hub has it and can be reached. Refused: if no copy is on this machine either."""
     try:
-        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
-            model_info(name, timeout=10)  # from_pretrained would retry for a minute
-    except Exception as error:  # of many kinds, and each means that the model is not to be had
-        raise Refused(f"{name} is not a directory here, and the model hub did not give it "
-                      f"({str(error).partition(chr(10))[0]}); name a transformers directory instead"
-                      ) from None
+        HfApi().repo_info(name, repo_type=kind, timeout=5)
+        return True
+    except Exception as error:  # of many kinds, and each means that it is not to be had
+        file = "config.json" if kind == "model" else "README.md"
+        with contextlib.suppress(HFValidationError):  # a name that no hub has
+            if isinstance(try_to_load_from_cache(name, file, repo_type=kind), str):
+                return False
+        raise Refused(f"{name} is not a directory here, and the hub did not give the {kind} "
+                      f"({str(error).partition(chr(10))[0]}); name a file or directory instead") from None
 
 
 def word_tokenizer(texts: Sequence[str]) -> transformers.PreTrainedTokenizerFast:
@@ -511,15 +661,15 @@ def word_tokenizer(texts: Sequence[str]) -> transformers.PreTrainedTokenizerFast
         tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<eos>")
 
 
-def sft(policy: LM, corpus: Sequence[tuple[str, str]], steps: int, batch_size: int, lr: float,
+def sft(policy: LM, corpus: Sequence[tuple[Prompt, str]], steps: int, batch_size: int, lr: float,
         seed: int) -> None:
     """Supervised fine-tuning on (prompt, response) texts: maximise the log-prob of responses."""
-    rows = [(policy.encode_prompt(prompt), policy.encode_response(response, policy.context_length))
-            for prompt, response in corpus]
+    rows = [(policy.encode_prompt(prompt), policy.encode_response(
+        response, policy.context_length, prompt)) for prompt, response in corpus]
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, fused=True)  # fused: one kernel
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in (bar := tqdm(range(steps), desc="SFT, once", unit="step", disable=None)):
+    for _ in (bar := progress(range(steps), "SFT, once", "steps", leave=True)):
         picks = torch.randint(len(rows), (batch_size,), generator=generator).tolist()
         logps, mask = policy.token_logps([rows[i][0] for i in picks], [rows[i][1] for i in picks])
         loss = -logps.sum() / mask.sum()  # a mean over tokens

@@ -215,7 +215,7 @@ def roll_out(policy, ref, prompts, judge, generator, args) -> Rollout:
     """Lines 1 and 2 of the box: one response to each prompt, its log-probs and its rewards."""
     prompt_ids, responses, texts = policy.respond(prompts, args.max_new_tokens, generator)
     judged = torch.tensor(judge(prompts, texts))  # (B,) r_hat
-    unfinished = torch.tensor([ids[-1] != policy.eos_id for ids in responses]).float()
+    unfinished = torch.tensor([not policy.ended(ids) for ids in responses]).float()
     finals = (judged - args.eos_penalty * unfinished).to(policy.device)
     with torch.no_grad():  # by the update's own forward pass, so that the first ratio is 1
         old_logps, mask = policy.token_logps(prompt_ids, responses)  # (B, T)

@@ -21,7 +21,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,10 @@ def parser(doc: str | None, beta: Callable = POSITIVE):
         "pairs from a file; rlhf.py trains its own)")
     add("--sft-steps", type=ZERO_OR_COUNT, help="steps of fine-tuning on the texts of --data that "
         "make a pretrained model pi_ref, done once and kept (default 200; 0 for the policy of a run)")
-    add("--max-new-tokens", type=COUNT, default=24, help="longest response, in tokens (default 24)")
+    add("--max-new-tokens", type=COUNT, help="longest response, in tokens (default 24; for pairs from "
+        "a file, what 99 %% of their responses need)")
+    add("--skip-bad", action="store_true", help="leave out the rows of a file that cannot be used, and "
+        "count them; without it the first such row is an error")
     add_run_flags(p)
     return p, of_algorithm
 
@@ -186,7 +189,9 @@ def parse(p: argparse.ArgumentParser, argv, algorithm: Callable, useless: Callab
     unused = useless(args) if useless else {}
     if tiny:
         unused["sft_steps"] = "tiny has learned its texts"
-    if not has_prompts:
+    if has_prompts:
+        unused["skip_bad"] = "it is for pairs from a file"
+    else:
         unused["pairs"] = f"--data {args.data} holds the pairs"
         unused["sft_steps"] = f"--data {args.data} has no texts to fine-tune a model on"
     # argparse leaves what a namespace holds already, so None stays where no flag was given
@@ -216,6 +221,7 @@ def fill_in(args, has_prompts: bool) -> None:
     defaults = dict(
         pairs=400 if tiny else 1000, batch_size=64 if tiny else 16, lr=5e-4 if tiny else 2e-5,
         eval_samples=512 if tiny else 64,
+        max_new_tokens=24 if has_prompts else None,  # a file has its own, see data.pairs_of_file
         sft_steps=200 if has_prompts and not tiny and not of_a_run else 0,
         dtype="bfloat16" if not tiny and args.device.startswith("cuda") and has_bfloat16(args.device)
         else "float32",
@@ -284,9 +290,14 @@ def read_rows(path) -> list[dict]:
 def numbered_rows(path, flag: str = "") -> list[tuple[str, Any]]:
     """("file:line", value) of every line of a JSONL file."""
     with touching(path, flag):
-        lines = enumerate(Path(path).read_bytes().split(b"\n"), 1)
-    rows = [(f"{path}:{number}", line) for number, line in lines if line.strip()]
-    return [(where, json_value(line, where)) for where, line in rows]
+        content = Path(path).read_bytes()
+    return [(where, json_value(line, where)) for where, line in numbered_lines(path, content)]
+
+
+def numbered_lines(path, content: bytes) -> list[tuple[str, bytes]]:
+    """("file:line", line) of every line of a file that is not blank."""
+    lines = enumerate(content.split(b"\n"), 1)
+    return [(f"{path}:{number}", line) for number, line in lines if line.strip()]
 
 
 def read_json(path, flag: str = "") -> dict:
@@ -360,6 +371,8 @@ def working(args):
 def refuse_other_settings(args) -> None:
     """--resume: the settings of inputs.json must be given again, but for how a result is computed."""
     then, now = read_json(args.out / "inputs.json").get("settings") or {}, settings(args)
+    if args.max_new_tokens is None:  # the data will say; if they have changed, prepare refuses
+        now["max_new_tokens"] = then.get("max_new_tokens")
     for side in (then, now):
         side.update(micro_batch=None, gradient_checkpointing=None,
                     device=side.get("device", "").partition(":")[0])
@@ -451,7 +464,7 @@ class Step:
     args: argparse.Namespace
     metrics: dict = dataclasses.field(default_factory=dict)
 
-    def minibatch(self, rows: list) -> list:
+    def minibatch(self, rows: Sequence) -> list:
         """The next args.batch_size rows, through shuffled epochs: each row once an epoch."""
         n, batch = self.args.batch_size, []
         orders: dict[int, list[int]] = {}  # epoch -> its order of the rows
@@ -498,13 +511,18 @@ def loop(args, trained: torch.nn.Module, optimizer, evaluate: Callable) -> Itera
     began = time.time() - spent
     with touching(log, "--out"):
         file = open(log, "a", encoding="utf-8")
+    told = time.time()
     with file, tqdm(
             total=args.steps, initial=done, desc=str(args.out), unit="step", disable=None,
             dynamic_ncols=True) as bar:
         for number in range(done + 1, args.steps + 1):
             step, at = Step(number, args), f"step {number}: "
-            bar.set_postfix_str(", ".join(form.format(shown[key]) for key, form in SHOWN.items()
-                                          if shown.get(key) is not None), refresh=False)
+            last = ", ".join(form.format(shown[key]) for key, form in SHOWN.items()
+                             if shown.get(key) is not None)
+            bar.set_postfix_str(last, refresh=False)
+            if bar.disable and time.time() - told > 120:  # no terminal: a line every two minutes
+                told = time.time()
+                print(f"{args.out}: step {number} of {args.steps}, {last}", flush=True)
             yield step
             line = {"step": number, **{name: float(x) for name, x in step.metrics.items()}}
             at_checkpoint = number % args.eval_every == 0 or number == args.steps

@@ -18,7 +18,7 @@ import argparse
 import math
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 # ---- the language
@@ -96,9 +96,9 @@ class Judge(NamedTuple):
     FloatingPointError: a reward that is no finite number, of which no comparison would mean anything.
     """
     name: str  # as --judge names it
-    rewards: Callable[[list[str], list[str]], list[float]]
+    rewards: Callable[[Sequence, Sequence[str]], list[float]]
 
-    def __call__(self, prompts: list[str], responses: list[str]) -> list[float]:
+    def __call__(self, prompts: Sequence, responses: Sequence[str]) -> list[float]:
         rewards = self.rewards(prompts, responses)
         for reward, response in zip(rewards, responses, strict=True):
             if not math.isfinite(reward):
@@ -107,8 +107,13 @@ class Judge(NamedTuple):
         return rewards
 
 
-golden_judge = Judge("golden", lambda prompts, responses: [
-    golden_reward(prompt, response) for prompt, response in zip(prompts, responses, strict=True)])
+def golden_rewards(prompts: Sequence, responses: Sequence[str]) -> list[float]:
+    """Of a conversation, what was said last is the prompt."""
+    texts = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts]
+    return [golden_reward(text, response) for text, response in zip(texts, responses, strict=True)]
+
+
+golden_judge = Judge("golden", golden_rewards)
 
 
 # ---- prompts, and texts to learn to write from

@@ -47,6 +47,7 @@ import lm
 import rlhf
 import run
 import world
+from rows import encode
 
 RESULTS = Path(__file__).parent.parent / "results" / "bench.json"
 OURS = {"ours": fast.FastLM, "plain": lm.LM}
@@ -76,7 +77,7 @@ class Side(TrainerCallback):
             self.over = True
             self.rests.release()
         # a training function looks for its loop once, before its first step
-        with mock.patch.object(run, "loop", self.loop), mock.patch.object(lm, "tqdm", self.bar):
+        with mock.patch.object(run, "loop", self.loop), mock.patch.object(lm, "progress", self.bar):
             threading.Thread(target=work, daemon=True).start()
             self.wait()
 
@@ -121,8 +122,10 @@ class Side(TrainerCallback):
             yield step
             self.metrics.append({name: float(value) for name, value in step.metrics.items()})
 
-    def bar(self, numbers, **_):
-        """In place of the progress bar that lm.sft loops over and tells the loss."""
+    def bar(self, numbers, desc, unit, **_):
+        """In place of lm.progress: over the bar of lm.sft, the steps; it is told the loss."""
+        if not desc.startswith("SFT"):
+            return numbers
         self.numbers = numbers
         return self
 
@@ -216,7 +219,7 @@ def train_ours(algorithm: str, kind: type[lm.LM], path: str, pairs: list[data.Pa
     """The function that ships, with the loop of Side. kind: lm.LM or fast.FastLM."""
     policy = kind.load(path, batch_size=args.batch_size)
     ref, prompts = noisy(policy.frozen_copy()), [pair.prompt for pair in pairs]
-    rows = data.encode(policy, pairs, 64 if policy.context_length > 64 else 32)
+    rows = encode(policy, pairs, 64 if policy.context_length > 64 else 32)
     start = types.SimpleNamespace(policy=policy, ref=ref, prompts=prompts, label=reward)
     if algorithm in ("DPO", "HyPO"):
         start.pairs = data.add_ref_logps(ref, rows)

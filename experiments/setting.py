@@ -20,6 +20,7 @@ import argparse
 import dataclasses
 import json
 import re
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -238,7 +239,7 @@ def make_pairs(job: Run, ref: LM, folder: Path, args) -> list[Encoded]:
 def implicit_judge(policy: LM, ref: LM, max_new_tokens: int) -> world.Judge:
     """A policy's implicit reward as a judge: log pi(y|x) / pi_ref(y|x), nats."""
     @torch.no_grad()
-    def log_ratios(prompts: list[str], responses: list[str]) -> list[float]:
+    def log_ratios(prompts: Sequence, responses: Sequence[str]) -> list[float]:
         rewards: list[float] = []
         for i in range(0, len(prompts), policy.batch_size):
             rows = ([policy.encode_prompt(text) for text in prompts[i:i + policy.batch_size]],

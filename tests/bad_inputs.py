@@ -8,6 +8,7 @@ command gets the flags of SHORT, too, which keep it short, less those that it ha
 
 import functools
 import glob
+import gzip
 import json
 import os
 import pickle
@@ -449,7 +450,8 @@ DEEP = "[" * 100_000 + "]" * 100_000
 PAIR = {"prompt": "The plot felt", "chosen": " wonderful.", "rejected": " clumsy."}
 OTHER = {"prompt": "The editing seemed", "chosen": " fresh.", "rejected": " dull."}
 RATED = {**PAIR, "chosen_rating": 2.0, "rejected_rating": -1.0, "gap": 3.0, "share": 0.9}
-SAID = [{"role": "user", "content": "The plot felt"}]
+ASKED, SAID = ([{"role": role, "content": "The plot felt"}] for role in ("user", "assistant"))
+OTHERS = [{"role": "assistant", "content": "The plot was"}]
 HUGE = 10**30
 TOO_LONG = "The plot felt" + " fresh" * 70
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 548105171\n"
@@ -569,7 +571,7 @@ KINDS["tokenizers"] = [
             given=[cut("scorer/tokenizer.json")]),
     refused("a chat template that is broken", "hypo --data chat.jsonl", "chat.jsonl", "template", given=[
         fields("small/tokenizer_config.json", chat_template="{% for m in messages %}"),
-        rows("chat.jsonl", *[{"prompt": SAID, "chosen": SAID, "rejected": SAID}] * 2)]),
+        rows("chat.jsonl", *[{"prompt": ASKED, "chosen": SAID, "rejected": OTHERS}] * 2)]),
     accepted("smaller than the embedding", "dpo", given=[more_rows("small", 40)]),
     accepted("without a pad token", "rlhf --judge golden --rloo --k 2"),
 ]
@@ -893,8 +895,7 @@ KINDS["pairs and tasks"] = [
         ("no such file", [], []),
         ("empty", [file("my.jsonl")], []),
         ("blank lines alone", [file("my.jsonl", "\n\n \n")], []),
-        ("an array", [file("my.jsonl", json.dumps([PAIR, OTHER]))], ["my.jsonl:1"]),
-        ("an indented array", [file("my.jsonl", json.dumps([PAIR, OTHER], indent=1))], ["my.jsonl:1"]),
+        ("an array of texts", [file("my.jsonl", json.dumps(["a", "b"]))], ["my.jsonl: row 0"]),
         ("CSV", [file("my.jsonl", "prompt,chosen,rejected\na,b,c\n")], ["my.jsonl:1"]),
         ("gzip", [file("my.jsonl", b"\x1f\x8b\x08\0\n")], []),
         ("parquet", [file("my.jsonl", b"PAR1\x15\x04\x15\xff")], []),
@@ -904,7 +905,7 @@ KINDS["pairs and tasks"] = [
         ("a line of a list", [rows("my.jsonl", PAIR, [1, 2])], ["my.jsonl:2"]),
         ("a line of null", [rows("my.jsonl", PAIR, None)], ["my.jsonl:2"]),
         ("a line of NaN", [file("my.jsonl", "NaN\n")], ["my.jsonl:1"]),
-        ("nested deep", [file("my.jsonl", DEEP)], ["my.jsonl:1"]),
+        ("nested deep", [file("my.jsonl", DEEP)], ["my.jsonl"]),
         ("a field nested deep", [file("my.jsonl", '{"prompt": ' + DEEP + "}")], ["my.jsonl:1"]),
         ("a number of 5000 digits", [file("my.jsonl", json.dumps(PAIR) + '\n{"prompt": ' + "9" * 5000 + "}\n")],
             ["my.jsonl:2"]),
@@ -929,13 +930,15 @@ KINDS["pairs and tasks"] = [
             ["my.jsonl:2", "chosen"]),
         ("a prompt too long", [rows("my.jsonl", PAIR, {**OTHER, "prompt": TOO_LONG})], ["my.jsonl:2", "prompt"]),
         ("one prompt", [rows("my.jsonl", PAIR)], ["2"]),
-        ("messages in a string's place", [rows("my.jsonl", {**PAIR, "chosen": SAID})], ["my.jsonl:1", "chosen"]),
-        ("messages without a template", [rows("my.jsonl", {"prompt": SAID, "chosen": SAID, "rejected": SAID})],
+        ("messages in a string's place", [rows("my.jsonl", {**PAIR, "chosen": SAID})], ["my.jsonl:1", "template"]),
+        ("answers by the user", [rows("my.jsonl", {"prompt": ASKED, "chosen": ASKED, "rejected": ASKED})],
+            ["my.jsonl:1", "answers something"]),
+        ("messages without a template", [rows("my.jsonl", {"prompt": ASKED, "chosen": SAID, "rejected": OTHERS})],
             ["my.jsonl:1", "template"]),
         ("messages without a role",
             [rows("my.jsonl", {"prompt": [{"content": "x"}], "chosen": SAID, "rejected": SAID})],
                 ["my.jsonl:1", "role"]),
-        ("no messages", [rows("my.jsonl", {"prompt": [], "chosen": [], "rejected": []})], ["my.jsonl:1", "prompt"]),
+        ("no messages", [rows("my.jsonl", {"prompt": [], "chosen": [], "rejected": []})], ["my.jsonl:1", "chosen"]),
         ("a FIFO", [fifo("my.jsonl")], []),
         ("an empty directory", [folder("my.jsonl")], ["pairs.jsonl"]),
         ("a link to nothing", [link("my.jsonl", "nope")], [])]),
@@ -992,6 +995,27 @@ KINDS["pairs and tasks"] = [
     refused("responses longer than the context", "hypo --max-new-tokens 64", "--max-new-tokens"),
     refused("responses longer than the context, pairs of a file", "hypo --data pairs.jsonl --max-new-tokens 99",
         "--max-new-tokens"),
+    accepted("an array", "hypo --data my.json", "2 rows, 0 left out",
+             given=[file("my.json", json.dumps([PAIR, OTHER]))]),
+    accepted("a bad row left out", "hypo --data my.jsonl --skip-bad", "3 rows, 1 left out: 1 empty", "0 of 4 are cut",
+             given=[rows("my.jsonl", PAIR, {**PAIR, "chosen": ""}, OTHER)]),
+    accepted("a line that is no JSON left out", "dpo --data my.jsonl --skip-bad", "1 unreadable",
+             given=[file("my.jsonl", json.dumps(PAIR) + "\n{\n" + json.dumps(OTHER))]),
+    refused("nothing left", "hypo --data my.jsonl --skip-bad", "no row is left", "my.jsonl:1: ",
+            given=[rows("my.jsonl", {**PAIR, "chosen": ""}, {**PAIR, "chosen": PAIR["rejected"]})]),
+    refused("--skip-bad in the world", "hypo --skip-bad", "--skip-bad", "no effect"),
+    accepted("gz", "rlhf --data my.jsonl.gz --judge golden --rloo --k 2", given=[
+        file("my.jsonl.gz", gzip.compress((json.dumps(PAIR) + "\n" + json.dumps(OTHER)).encode()))]),
+    refused("half of a gz", "hypo --data my.jsonl.gz", "my.jsonl.gz", "damaged",
+            given=[file("my.jsonl.gz", gzip.compress(json.dumps(PAIR).encode())[:30])]),
+    refused("CSV without its reader", "hypo --data my.csv", "pip install datasets", given=[file("my.csv", "a,b\n")]),
+    accepted("a whole dialogue", "hypo --data my.jsonl", "0 left out", given=[rows("my.jsonl", *(
+        {"chosen": f"The {what} was superb.", "rejected": f"The {what} was dull."} for what in ("plot", "ending")))]),
+    accepted("messages with a template", "dpo --data my.jsonl", "100.0% end with their EOS", given=[
+        fields("small/tokenizer_config.json", chat_template="{% for m in messages %}{{ m.content }}{% endfor %}"),
+        rows("my.jsonl", *({"prompt": [{**ASKED[0], "content": f"The {what}"}],
+            "chosen": [{**SAID[0], "content": " was superb."}], "rejected": [{**SAID[0], "content": " was dull."}]}
+                for what in ("plot", "ending")))]),
     accepted("a file of pairs", "hypo --data pairs.jsonl"), accepted("a directory of pairs", "dpo --data split"),
     accepted("a task", "hypo --data task --pairs 4 --sft-steps 0"),
     accepted("a BOM, CRLF, blank lines, further fields, an empty prompt, a pair twice", "hypo --data my.jsonl", given=[
@@ -1249,6 +1273,47 @@ KINDS["eval and coverage"] = [
         ("no policy", "policy", [gone("finished/policy")]),
         ("pi_ref gone", "small", [gone("small")]),
         ("a run without prompts", "responses.jsonl", [file("finished/responses.jsonl")])]),
+    refused("asking a run that is not finished", "eval interrupted --ask 'The plot felt'", "interrupted", "finished"),
+    refused("asking a run whose policy is cut", "eval finished --ask 'The plot felt'", "finished/policy",
+            given=[cut("finished/policy/model.safetensors")]),
+    refused("asking runs of two pi_ref", "eval finished other --ask 'The plot felt'", "pi_ref", "large",
+            given=[fields("other/summary.json", pi_ref="large")]),
+    refused("asking with an unknown word", "eval finished --ask 'The zebra felt'", "--ask", "every word"),
+    refused("asking with a special token", "eval finished --ask 'The plot<eos> felt'", "--ask", "every word"),
+    refused("asking in bytes that are not UTF-8", "eval finished --ask 'The plot \udcff felt'", "--ask", "UTF-8"),
+    refused("asking at length", f"eval finished --ask '{TOO_LONG}'", "--ask", "73 tokens"),
+    refused("asking without room", "eval finished --ask 'The plot felt' --max-new-tokens 64", "--ask", "room for 0"),
+    refused("asking and measuring", "eval finished --ask 'The plot felt' --samples 4", "--samples", "--ask"),
+    refused("a temperature for no answer", "eval finished --temperature 0.5", "--temperature", "--ask"),
+    *numbers("eval finished --ask x", temperature="0 -1 nan inf hot", max_new_tokens="0 2.5", seed="-1"),
+    *(refused(f"prompts {what}", f"eval finished --prompts {path}", path, *words, given=given)
+        for what, path, words, given in [
+        ("not there", "nope.txt", [], []),
+        ("in a directory", "split", [], []),
+        ("of no line", "own.txt", [], [file("own.txt")]),
+        ("of blank lines", "own.jsonl", [], [file("own.jsonl", "\n \n")]),
+        ("of noise", "own.txt", ["UTF-8"], [noise("own.txt")]),
+        ("of noise, as rows", "own.jsonl", ["UTF-8"], [noise("own.jsonl")]),
+        ("in UTF-16", "own.txt", ["own.txt:1", "UTF-8"], [file("own.txt", "The plot felt".encode("utf-16"))]),
+        ("with an unknown word", "own.txt", ["own.txt:2", "every word"], [file("own.txt", "The plot felt\nThe zebra")]),
+        ("at length", "own.txt", ["own.txt:1", "73 tokens"], [file("own.txt", TOO_LONG)]),
+        ("cut", "pairs.jsonl", ["pairs.jsonl"], [cut("pairs.jsonl", 0.9)]),
+        ("in another field", "own.jsonl", ["own.jsonl:2"], [rows("own.jsonl", PAIR, {"text": "The plot felt"})]),
+        ("that are numbers", "own.jsonl", ["own.jsonl:1"], [rows("own.jsonl", {"prompt": 1})]),
+        ("in messages without a template", "own.jsonl", ["own.jsonl:1", "template"],
+            [rows("own.jsonl", {"prompt": SAID})]),
+        ("in messages that are texts", "own.jsonl", ["own.jsonl:1"], [rows("own.jsonl", {"prompt": ["The plot"]})])]),
+    refused("prompts for a run that is not finished", "eval interrupted --prompts pairs.jsonl", "finished"),
+    accepted("asking", "eval finished --ask 'The plot felt' --temperature 0.5 --seed 3", "log-ratio of"),
+    accepted("asking a run without a judge", "eval unjudged --ask 'The plot felt'", "log-ratio of"),
+    accepted("asking by a reward model", "eval ppo --ask 'The plot felt'", "reward"),
+    accepted("asking two runs", "eval finished other --ask 'The plot felt'", "log-ratio of other"),
+    accepted("a prompt loop of no prompt", "eval finished --ask"),
+    accepted("prompts of pairs", "eval finished --prompts pairs.jsonl --out x.png",
+            given=[own("finished")], changes="finished/again"),
+    accepted("prompts in lines", "eval finished --prompts own.txt --samples 3 --out x.png",
+            given=[own("finished"), file("own.txt", "\ufeffThe plot felt\r\n\r\nThe ending was\r\n")],
+            changes="finished/again"),
     refused("coverage of a run that is not finished", "coverage interrupted", "interrupted", "finished"),
     refused("the tour with a run's flags", "coverage --prompts 4", "--prompts"),
     accepted("eval", "eval finished other --out x.png"),

@@ -19,6 +19,7 @@ from transformers import (
 
 import data
 import lm
+import rows
 from models import ARCHITECTURES, TOLERANCE, letters, random_model
 
 law = pytest.mark.law
@@ -310,7 +311,7 @@ def speaking(tokenizer):
 @each_tokenizer
 def test_prompt_and_response_are_encoded_apart_in_training_and_in_sampling(tokenizer, monkeypatch):
     policy, seen = speaking(tokenizer), []
-    row, = data.encode(policy, [PAIR], 9)
+    row, = rows.encode(policy, [PAIR], 9)
     of = tokenizer.convert_tokens_to_ids
     bos = [1] if tokenizer("a").input_ids[0] == 1 else []
     assert row[:3] == (bos + of(["c", "a"]), of(["ba", "d", "</s>"]), of([" b", "ab", "</s>"]))
@@ -326,7 +327,7 @@ def test_prompt_and_response_are_encoded_apart_in_training_and_in_sampling(token
 def test_one_bos_if_the_tokenizer_uses_one_and_never_two(tokenizer):
     policy, bos = speaking(tokenizer), [1] if tokenizer("a").input_ids[0] == 1 else []
     assert policy.encode_prompt("ca")[:-2] == bos
-    assert policy.encode_prompt("<s>ca") == [1, *policy.encode_prompt("ca")[-2:]]
+    assert policy.encode_prompt("<s>ca").count(1) == len(bos), "who spells the BOS means the text"
     assert policy.encode_prompt("") == [1], "an empty prompt still needs a token to predict from"
 
 
@@ -335,7 +336,7 @@ def test_a_saved_tokenizer_gives_the_same_ids_and_keeps_its_chat_template(tokeni
     policy = speaking(tokenizer)
     policy.save(tmp_path / "policy")
     again = lm.LM.load(str(tmp_path / "policy"))
-    assert repr(data.encode(again, [PAIR], 9)) == repr(data.encode(policy, [PAIR], 9))  # not yet known: nan
+    assert repr(rows.encode(again, [PAIR], 9)) == repr(rows.encode(policy, [PAIR], 9))  # not yet known: nan
     assert (again.eos_id, again.tokenizer.pad_token_id) == (EOS, tokenizer.pad_token_id)
     assert again.tokenizer.chat_template == tokenizer.chat_template
 
@@ -345,7 +346,7 @@ def test_a_chat_template_that_writes_the_bos_gives_one_bos_not_two():
     chat = [{"role": "user", "content": "ca"}]
     prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     assert prompt == "<s>[user]ca[assistant]" and tokenizer(prompt).input_ids[:2] == [1, 1], "here are two"
-    assert speaking(tokenizer).encode_prompt(prompt) == tokenizer.apply_chat_template(
+    assert speaking(tokenizer).encode_prompt(chat) == tokenizer.apply_chat_template(
         chat, add_generation_prompt=True)["input_ids"]
 
 

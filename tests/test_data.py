@@ -4,23 +4,21 @@ import json
 import math
 import os
 import random
-import sys
 from argparse import Namespace
-from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import assume, example, given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import data
 import lm
+import rows
 import run
 import world
-from data import Pair, read_jsonl
 from models import fitting
+from rows import Pair
 from run import UserError, read_rows, write_rows, write_text
 from world import golden_reward, world_prompts
 
@@ -181,93 +179,10 @@ def test_pairs_of_ids_written_are_pairs_read(tmp_path):
 # ---------------------------------------------------------------------------------------------------
 # files
 
-GOOD = {"prompt": "The plot was", "chosen": " superb.", "rejected": " dull."}
-
-
-def write_lines(path: Path, *lines) -> Path:
-    """A file of the lines: strings as they are, anything else as JSON."""
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines),
-                    encoding="utf-8")
-    return path
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """One directory for all examples of a hypothesis test, which write to the same file again and again."""
     return tmp_path_factory.mktemp("rows")
-
-
-@pytest.mark.parametrize("bad, complaint", [
-    ('{"prompt": "a", "chosen": ', "not valid JSON"),
-    ("prompt,chosen,rejected", "not valid JSON"),
-    ([GOOD], "expected a JSON object"),
-    (7, "expected a JSON object"),
-    ({"prompt": "a", "chosen": " b"}, "field 'rejected' is missing; found ['chosen', 'prompt']"),
-    ({"question": "a", "chosen": " b", "rejected": " c"}, "field 'prompt' is missing"),
-    ({**GOOD, "prompt": 3}, "field 'prompt' must be a string"),
-    ({**GOOD, "chosen": None}, "field 'chosen' must be a string"),
-    ({**GOOD, "rejected": {"content": "c"}}, "field 'rejected' must be a string"),
-    ({**GOOD, "chosen": ""}, "field 'chosen' is empty"),
-    ({**GOOD, "rejected": " \n\t"}, "field 'rejected' is empty"),
-    ({**GOOD, "chosen": GOOD["rejected"]}, "fields 'chosen' and 'rejected' are the same"),
-    ({**GOOD, "prompt": [{"role": "user", "content": "a"}]}, "field 'prompt' must be a string, or all three"),
-    ({**GOOD, "chosen": [{"role": "assistant", "content": "a"}]}, "field 'chosen' must be a string, or all three"),
-])
-def test_a_bad_row_is_named_by_file_line_and_field(tmp_path, bad, complaint):
-    path = write_lines(tmp_path / "pairs.jsonl", GOOD, "", bad, GOOD)  # line 3: blank lines count
-    with pytest.raises(UserError) as error:
-        read_jsonl(path)
-    message = str(error.value)
-    assert message.startswith(f"{path}:3: ") and complaint in message, f"expected {path}:3 and {complaint!r}: {message}"
-
-
-@pytest.mark.parametrize("content", ["", "\n", " \n\n\t\n"])
-def test_a_file_without_rows_is_named(tmp_path, content):
-    path = tmp_path / "empty.jsonl"
-    path.write_text(content)
-    with pytest.raises(UserError, match="empty.jsonl: no rows; each line must be"):
-        read_jsonl(path)
-
-
-def test_a_file_that_is_not_utf_8_is_named(tmp_path):
-    path = tmp_path / "latin.jsonl"
-    path.write_bytes('{"prompt": "a", "chosen": " café", "rejected": " c"}\n'.encode("latin-1"))
-    with pytest.raises(UserError, match="latin.jsonl:1: not UTF-8 text"):
-        read_jsonl(path)
-
-
-def test_half_a_character_is_named(tmp_path):
-    path = tmp_path / "half.jsonl"
-    path.write_text('{"prompt": "a", "chosen": " \\ud83d", "rejected": " c"}\n')
-    with pytest.raises(UserError, match="half.jsonl:1: field 'chosen' has half a character"):
-        read_jsonl(path)
-
-
-def test_a_byte_order_mark_is_no_harm(tmp_path):
-    path = tmp_path / "bom.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode())
-    assert read_jsonl(path)[0].prompt == GOOD["prompt"]
-
-
-@pytest.mark.law
-def test_unicode_blank_lines_and_extra_fields_are_fine(tmp_path):
-    row = {"prompt": "", "chosen": " 很好。\u2028 naïve 🎬", "rejected": "\x85e\u0301", "score": 3}
-    path = write_lines(tmp_path / "pairs.jsonl", "", json.dumps(row, ensure_ascii=False), " ", row)
-    kept = row["prompt"], row["chosen"], row["rejected"]
-    assert read_jsonl(path) == [Pair(*kept, where=f"{path}:2"), Pair(*kept, where=f"{path}:4")]
-
-
-response = st.text(min_size=1, max_size=12).filter(str.strip)
-
-
-@pytest.mark.law
-@given(st.lists(st.fixed_dictionaries({"prompt": st.text(max_size=12), "chosen": response, "rejected": response})
-                .filter(lambda row: row["chosen"] != row["rejected"]), min_size=1, max_size=4))
-@example([{"prompt": "a\u2028b\x85", "chosen": "\r\n{", "rejected": "\\n\""}])
-def test_pairs_written_are_pairs_read(folder, rows):
-    path = folder / "pairs.jsonl"
-    write_rows(path, rows)
-    assert [{field: getattr(pair, field) for field in rows[0]} for pair in read_jsonl(path)] == rows
 
 
 values = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=12)
@@ -311,171 +226,6 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch, rows, t
         assert [file.name for file in path.parent.iterdir()] == ["rows.jsonl"], "nothing was begun, nothing is left"
     write_rows(path, [{"a": 4}])  # what a crash left behind is in nobody's way
     assert read_rows(path) == [{"a": 4}] and [file.name for file in path.parent.iterdir()] == ["rows.jsonl"]
-
-
-def split(source, seed=0, policy=None):
-    """(pairs, held-out pairs) of --data SOURCE."""
-    return data.split_file(Namespace(data=str(source), seed=seed), policy)
-
-
-@pytest.mark.law
-@pytest.mark.parametrize("n_prompts", [2, 3, 19, 20, 45])
-def test_held_out_prompts_are_never_trained_on_and_no_row_is_lost(tmp_path, n_prompts):
-    rows = [{**GOOD, "prompt": f"prompt {i % n_prompts}", "chosen": f" good {i}"} for i in range(2 * n_prompts + 1)]
-    path = tmp_path / "pairs.jsonl"
-    write_rows(path, rows)
-    pairs, held_out = split(path, 1)
-    prompts, held_out_prompts = data.prompts_of(pairs), data.prompts_of(held_out)
-    assert not set(prompts) & set(held_out_prompts)
-    assert len(held_out_prompts) == max(1, n_prompts // 10) and len(prompts) + len(held_out_prompts) == n_prompts
-    kept = Counter(pair.chosen for pair in pairs + held_out)
-    assert kept == Counter(row["chosen"] for row in rows), "rows lost or doubled"
-    assert split(path, 1) == (pairs, held_out)
-    assert any(data.prompts_of(split(path, seed)[1]) != held_out_prompts for seed in range(2, 12)), (
-        "the seed must decide who is held out")
-
-    write_rows(path, rows[::-1])
-    assert data.prompts_of(split(path, 1)[1]) == held_out_prompts, "the order of rows must not decide who is held out"
-
-
-def test_a_file_with_one_prompt_cannot_be_split(tmp_path):
-    path = write_lines(tmp_path / "pairs.jsonl", GOOD, {**GOOD, "chosen": " fresh."})
-    with pytest.raises(UserError, match="pairs.jsonl: 1 prompts; at least 2 are needed, one to hold out"):
-        split(path)
-
-
-# ---------------------------------------------------------------------------------------------------
-# conversations
-
-TEMPLATE = ("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
-            "{% if add_generation_prompt %}<assistant>{% endif %}")
-TALK = {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Was it good?"}],
-        "chosen": [{"role": "assistant", "content": "Superb."}],
-        "rejected": [{"role": "assistant", "content": "Dull, I fear."}]}
-
-
-def chat_policy(template=TEMPLATE):
-    """As much of a policy as rendering needs: its tokenizer."""
-    tokenizer = lm.word_tokenizer(["Was it good? Superb."])
-    tokenizer.chat_template = template
-    return SimpleNamespace(tokenizer=tokenizer)
-
-
-def test_a_conversation_becomes_prompt_and_response(tmp_path):
-    path = write_lines(tmp_path / "talks.jsonl", TALK)
-    assert read_jsonl(path, chat_policy()) == [Pair(
-        "<system>Be brief.<eos>\n<user>Was it good?<eos>\n<assistant>", "Superb.", "Dull, I fear.", f"{path}:1")]
-
-
-def fake_hub(monkeypatch, load_dataset):
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-
-
-def test_a_data_set_of_conversations_loads_from_a_file_and_from_the_hub(tmp_path, monkeypatch):
-    talks = [{**TALK, "prompt": [{"role": "user", "content": f"Question {i}?"}]} for i in range(3)]
-    path = write_lines(tmp_path / "talks.jsonl", *talks)
-    fake_hub(monkeypatch, lambda name, split: talks)
-    for source in (path, "some/talks"):
-        pairs, held_out = split(source, policy=chat_policy())
-        assert len(held_out) == 1 and sorted(pair.prompt for pair in pairs + held_out) == [
-            f"<user>Question {i}?<eos>\n<assistant>" for i in range(3)]
-        assert {pair.chosen for pair in pairs + held_out} == {"Superb."}
-
-
-content = st.text(min_size=1, max_size=12).filter(lambda text: text.strip() and "<eos>" not in text)
-turns = st.lists(st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": content}),
-                 min_size=1, max_size=3)
-
-
-@pytest.mark.law
-@given(turns, content, content)
-def test_prompt_and_response_are_the_rendered_conversation_up_to_its_eos(prompt, good, bad):
-    assume(good != bad)
-    policy = chat_policy()
-    said = {"chosen": [{"role": "assistant", "content": good}], "rejected": [{"role": "assistant", "content": bad}]}
-    pair = data.check_pair({"prompt": prompt, **said}, "row", policy)
-    for field, messages in said.items():
-        whole = policy.tokenizer.apply_chat_template(prompt + messages, tokenize=False)
-        assert pair.prompt + getattr(pair, field) + "<eos>\n" == whole, f"{field}: {whole!r} came apart as {pair!r}"
-
-
-@pytest.mark.parametrize("policy", [None, chat_policy(None)], ids=["no policy", "no template"])
-def test_a_conversation_needs_a_chat_template(policy):
-    with pytest.raises(UserError, match="talks.jsonl:4: messages need a chat template, but this tokenizer has none"):
-        data.check_pair(TALK, "talks.jsonl:4", policy)
-
-
-@pytest.mark.parametrize("field", ["prompt", "chosen", "rejected"])
-@pytest.mark.parametrize("messages, complaint", [
-    (["Superb."], "expected messages, got"),
-    ([{"role": "assistant"}], "field 'content' is missing; found"),
-    ([{"content": "Superb."}], "field 'role' is missing; found"),
-    ([{"role": "assistant", "content": None}], "field 'content' must be a string"),
-    ([{"role": 1, "content": "Superb."}], "field 'role' must be a string"),
-    ([{"role": "assistant", "content": "Superb."}, None], "expected messages, got"),
-    ([], "expected messages, got"),
-])
-def test_a_bad_message_is_named(field, messages, complaint):
-    with pytest.raises(UserError, match=f"^talks.jsonl:4: field '{field}'.* {complaint}"):
-        data.check_pair({**TALK, field: messages}, "talks.jsonl:4", chat_policy())
-
-
-def test_a_conversation_with_an_empty_or_equal_response_is_refused():
-    with pytest.raises(UserError, match="row: field 'chosen' is empty"):
-        data.check_pair({**TALK, "chosen": [{"role": "assistant", "content": " "}]}, "row", chat_policy())
-    with pytest.raises(UserError, match="row: fields 'chosen' and 'rejected' are the same text"):
-        data.check_pair({**TALK, "chosen": TALK["rejected"]}, "row", chat_policy())
-
-
-def test_a_template_that_rewrites_the_prompt_is_refused():
-    shows_only_the_last = "{{ messages[-1]['content'] }}{{ eos_token }}"
-    with pytest.raises(UserError, match="row: field 'chosen' makes the chat template alter the prompt"):
-        data.check_pair(TALK, "row", chat_policy(shows_only_the_last))
-
-
-def test_a_template_that_refuses_says_so_in_a_sentence():
-    with pytest.raises(UserError, match="row: the chat template refuses these messages"):
-        data.check_pair(TALK, "row", chat_policy("{{ raise_exception('no system role') }}"))
-
-
-# ---------------------------------------------------------------------------------------------------
-# the hub
-
-
-def test_without_the_reader_the_hub_error_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)  # import datasets now raises ImportError
-    with pytest.raises(UserError, match="--data no/such.jsonl: there is no such file.*pip install datasets"):
-        split("no/such.jsonl")
-
-
-def test_a_hub_data_set_is_read_from_its_split_train_and_checked(monkeypatch):
-    rows, asked = [{**GOOD, "prompt": f"prompt {i}"} for i in range(4)], []
-    fake_hub(monkeypatch, lambda name, split: asked.append((name, split)) or rows)
-    assert data.read_hub("some/pairs") == [Pair(**row, where=f"some/pairs: row {i}") for i, row in enumerate(rows)]
-    assert asked == [("some/pairs", "train")]
-    pairs, held_out = split("some/pairs")
-    assert (len(pairs), len(held_out)) == (3, 1)
-
-    rows[2] = {**GOOD, "chosen": " "}
-    with pytest.raises(UserError, match="some/pairs: row 2: field 'chosen' is empty"):
-        data.read_hub("some/pairs")
-    rows.clear()
-    with pytest.raises(UserError, match="some/pairs: 0 prompts; at least 2 are needed"):
-        split("some/pairs")
-
-
-@pytest.mark.parametrize("error, shown", [
-    (FileNotFoundError("no data set some/pairs\nsecond line"), "FileNotFoundError('no data set some/pairs"),
-    (TimeoutError(), "TimeoutError"),
-])
-def test_what_the_hub_says_is_passed_on_in_one_line(monkeypatch, error, shown):
-    def load_dataset(name, split):
-        raise error
-
-    fake_hub(monkeypatch, load_dataset)
-    with pytest.raises(UserError, match="--data some/pairs: there is no such file, and the reader of") as raised:
-        data.read_hub("some/pairs")
-    assert shown in str(raised.value) and "\n" not in str(raised.value)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -648,11 +398,11 @@ def test_a_model_that_cannot_be_used_is_named_with_its_flag(model_dir, tmp_path,
     with pytest.raises(UserError, match=f"^--model {tmp_path}/empty: .* does not hold a causal language model"):
         data.start(settings(tmp_path / "empty", "--data", "world", "--sft-steps", "0"))
 
-    def no_hub(name, timeout):
+    def no_hub(self, name, repo_type, timeout):
         raise ConnectionError("no route to the hub\nsecond line")
 
-    monkeypatch.setattr(lm, "model_info", no_hub)
-    with pytest.raises(UserError, match="^--model no/such: .* is not a directory here, and the model hub did not") as e:
+    monkeypatch.setattr(lm.HfApi, "repo_info", no_hub)
+    with pytest.raises(UserError, match="^--model no/such: .* is not a directory here, and the hub did not give") as e:
         data.start(settings("no/such", "--data", "world", "--sft-steps", "0"))
     assert "no route to the hub" in str(e.value) and "second line" not in str(e.value)
     with pytest.raises(UserError, match="^--train-layers 3: this model has 2 layers"):
@@ -678,7 +428,7 @@ def test_only_what_is_refused_on_purpose_becomes_a_sentence(monkeypatch):
 @pytest.mark.law
 def test_encode_names_file_line_and_field(words):
     def encode(prompt, chosen, rejected, max_new_tokens=4):
-        return data.encode(words, [Pair(prompt, chosen, rejected, "pairs.jsonl:7")], max_new_tokens)
+        return rows.encode(words, [Pair(prompt, chosen, rejected, "pairs.jsonl:7")], max_new_tokens)
 
     assert encode("The plot was", " superb.", " dull.")[0][:3] == (
         words.encode_prompt("The plot was"), words.encode_response(" superb.", 4), words.encode_response(" dull.", 4))
@@ -691,14 +441,7 @@ def test_encode_names_file_line_and_field(words):
 
 
 def test_the_fullest_prompt_that_is_accepted_also_trains_and_samples(words):
-    row, = data.encode(words, [Pair("The" + " plot" * 59, " superb.", " dull.", "here")], 4)
+    row, = rows.encode(words, [Pair("The" + " plot" * 59, " superb.", " dull.", "here")], 4)
     assert len(row.prompt) + 4 == words.context_length
     words.pair_logps([row])
     words.sample([row.prompt], 4, torch.Generator())
-
-
-@pytest.mark.law
-def test_a_text_may_hold_the_eos_though_it_is_the_unknown_word_too(words):
-    """As a chat template writes it; the EOS at the end of a response stays one."""
-    row, = data.encode(words, [Pair("The plot<eos> was", " dull.<eos>", ".", "here")], 9)
-    assert row.chosen == words.encode_response(" dull.", 9) and row.chosen.count(words.eos_id) == 1

@@ -354,8 +354,9 @@ def test_tables_made_by_code_are_what_the_code_makes():
 
 ARROWS = {
     "hypo": {"dpo", "data", "eval", "run"}, "dpo": {"data", "eval", "run"}, "rlhf": {"data", "eval", "lm", "run"},
-    "coverage": set(), "eval": {"judges", "lm", "run"}, "lm": set(), "world": set(), "run": set(),
-    "data": {"world", "lm", "fast", "judges", "run"}, "judges": {"world", "lm"}, "fast": {"lm"},
+    "coverage": set(), "eval": {"judges", "lm", "rows", "run"}, "lm": set(), "world": set(), "run": set(),
+    "data": {"world", "lm", "fast", "judges", "rows", "run"}, "rows": {"lm", "run"},
+    "judges": {"world", "lm"}, "fast": {"lm"},
 }
 LATER = {"coverage": {"experiments", "run"}}  # inside functions
 

@@ -1,6 +1,7 @@
 """Laws of eval.py: win rates and their intervals, accuracy, what an evaluation leaves, tables, pictures, runs asked."""
 
 import copy
+import io
 import itertools
 import json
 import math
@@ -21,6 +22,8 @@ import eval
 import hypo
 import lm
 import rlhf
+import rows
+import run
 import world
 from eval import (
     Evaluator,
@@ -35,6 +38,7 @@ from eval import (
     wilson_interval,
     win_rate,
 )
+from judges import load_judge
 from lm import LM
 from models import fitting
 from run import UserError, read_rows, write_rows, write_text
@@ -161,7 +165,7 @@ def policy(ref):
 
 @pytest.fixture(scope="module")
 def pairs(ref):
-    return data.add_ref_logps(ref, data.encode(ref, PAIRS, max_new_tokens=8))
+    return data.add_ref_logps(ref, rows.encode(ref, PAIRS, max_new_tokens=8))
 
 
 def swapped(pairs: list[lm.Encoded]) -> list[lm.Encoded]:
@@ -351,7 +355,7 @@ def test_metrics_are_read_line_by_step_and_a_directory_that_is_no_run_is_named(t
 def test_against_compares_two_runs_prompt_by_prompt(tmp_path):
     one = fake_run(tmp_path / "one", rewards=(1, 0, 2))
     two = fake_run(tmp_path / "two", rewards=(0, 0, 3))  # a win, a tie, a loss
-    assert against(one, two) == (0.5, *wilson_interval(1.5, 3))
+    assert against(one, two) == (0.5, wilson_interval(1.5, 3))
     three = fake_run(tmp_path / "three", rewards=(0, -1, 3))
     assert against(one, three)[0] == pytest.approx(1 - against(three, one)[0]) == 2 / 3
 
@@ -444,15 +448,20 @@ def test_in_goodharts_picture_runs_of_one_algorithm_share_a_label(tmp_path, draw
     assert drawn.labels == [("dpo", (3.0, 0.6)), ("mine", (0.0, 0.5))]
 
 
-def test_a_second_judge_has_a_line_in_the_curve_and_a_panel_in_goodharts_picture(tmp_path, drawn):
+def test_a_second_judge_has_a_line_in_the_curve_and_a_panel_in_goodharts_picture(tmp_path, drawn, monkeypatch):
     rows = [{**measured(step, rate, kl), "second_win_rate": 1 - rate}
             for step, rate, kl in ((0, 0.5, 0.0), (2, 0.8, 3.0))]
     summary = {"algorithm": "dpo", "model": "tiny", "beta": 0.1, "seed": 0, "win_rate": 0.8, "second_win_rate": 0.2}
     plot_curve(tmp_path, summary, rows)
     assert [(text, y) for text, (_, y) in drawn.labels] == [("first judge", 0.8), ("second judge", pytest.approx(0.2))]
     drawn.lines.clear()
+    figures = []
+    monkeypatch.setattr(eval, "save", lambda figure, path: figures.append(figure))
     plot_goodhart({"runs/dpo": rows}, {"runs/dpo": "dpo"}, tmp_path / "goodhart.png")
     assert [y for _, y, _ in drawn.lines] == [[0.5, 0.8], [0.5, pytest.approx(0.2)]]
+    for axis in figures[0].axes:
+        low, high = axis.get_ylim()
+        assert low < 0.2 and 0.8 < high, f"both panels show both judges' rates: {low}, {high}"
 
 
 def test_the_command_prints_one_table_and_draws_the_picture(tmp_path, capsys):
@@ -579,3 +588,194 @@ def test_a_run_whose_pi_ref_or_judge_is_gone_is_named(trained, tmp_path):
         write_text("a/summary.json", json.dumps({**summary, role: other}))
         with pytest.raises(UserError, match=f"a .*{other}"):
             again("a", 4)
+
+
+# ---------------------------------------------------------------------------------------------------
+# a finished run asked, or measured on prompts of one's own
+
+PROMPT = "The plot was"
+
+
+@pytest.fixture(scope="module")
+def shop(model_dir, tmp_path_factory):
+    """A directory with two runs on one task, whose two judges measure."""
+    directory = tmp_path_factory.mktemp("shop")
+    write_task(directory / "task")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eval, "plot_curve", lambda *args: None)
+        for command in (hypo, dpo):
+            command.main(["--model", str(model_dir), *FAST, "--lr", "1e-2", "--sft-steps", "0", "--data",
+                          str(directory / "task"), "--out", str(directory / command.__name__)])
+    return directory
+
+
+@pytest.fixture
+def in_shop(shop, monkeypatch):
+    monkeypatch.chdir(shop)
+
+
+def policies(*runs) -> dict[str, LM]:
+    """pi_ref and the policies of the runs, by the names that are printed."""
+    return {"pi_ref": LM.load(eval.read_summary(runs[0])["pi_ref"]),
+            **{name: LM.load(f"{name}/policy") for name in runs}}
+
+
+def said(printed: str) -> tuple[dict[str, str], list[list[str]]]:
+    """({whose: answer}, the table's cells) of what --ask prints."""
+    *answers, shown = printed.strip("\n").split("\n\n")
+    blocks = (answer.split("\n", 1) for answer in answers)
+    return {name.rstrip(":").removesuffix(", cut"): text for name, text in blocks}, cells(shown)
+
+
+def asked(capsys, *arguments):
+    capsys.readouterr()
+    main([*arguments])
+    return said(capsys.readouterr().out)
+
+
+def sampled(models: dict[str, LM], prompt=PROMPT, seed=0, number=0, **how) -> dict[str, list[int]]:
+    """Each model's own sample for the question of that number."""
+    return {name: model.sample([model.encode_prompt(prompt)], 6, torch.Generator().manual_seed(
+        run.seed_of(seed, "ask", number)), **how)[0] for name, model in models.items()}
+
+
+@pytest.mark.parametrize("runs", [["hypo"], ["hypo", "dpo"]], ids=["one run", "two runs"])
+def test_an_answer_is_the_policys_sample_with_its_log_ratio_and_both_rewards(in_shop, capsys, runs):
+    models = policies(*runs)
+    ids = models["pi_ref"].encode_prompt(PROMPT)
+    texts, (header, *rows) = asked(capsys, *runs, "--ask", PROMPT)
+    assert header == [*(f"log-ratio of {name}, nats" for name in runs), "reward", "second judge's"]
+    assert [*texts] == [row[0] for row in rows] == [*models]
+    ratios = []
+    for (name, response), row in zip(sampled(models).items(), rows):
+        text = models["pi_ref"].decode(response)
+        assert texts[name] == text.strip(), name
+        logps = [model.logps([ids], [response]).item() for model in models.values()]
+        numbers = [*(logp - logps[0] for logp in logps[1:]), load_judge("task/judge")([PROMPT], [text])[0],
+                   golden_reward(PROMPT, text)]
+        assert [float(cell) for cell in row[1:]] == pytest.approx(numbers, abs=0.0051), name
+        ratios += numbers[:len(runs)]
+    assert min(map(abs, ratios)) > 0.02, "training moved every log-prob, so that a wrong one would show"
+
+
+def test_of_pi_ref_itself_every_log_ratio_is_0_and_the_answers_are_equal(in_shop, capsys, tmp_path, model_dir):
+    shutil.copytree("hypo", tmp_path / "same")
+    shutil.rmtree(tmp_path / "same" / "policy")
+    shutil.copytree(model_dir, tmp_path / "same" / "policy")
+    texts, (_, *rows) = asked(capsys, str(tmp_path / "same"), "--ask", PROMPT)
+    assert [row[1] for row in rows] == ["+0.00", "+0.00"] and len({*texts.values()}) == 1
+    assert len({*asked(capsys, "hypo", "--ask", PROMPT)[0].values()}) == 2
+
+
+def greedy(model: LM, n: int) -> str:
+    """The most likely token, n times or to the end."""
+    ids, response = model.encode_prompt(PROMPT), []
+    while len(response) < n and not model.ended(response):
+        response.append(model.response_logits([ids], [[*response, 0]])[0][0, -1].argmax().item())
+    return model.decode(response).strip()
+
+
+def test_a_low_temperature_is_greedy_and_a_seed_draws_again(in_shop, capsys):
+    models = policies("hypo")
+    most_likely = {name: greedy(model, 4) for name, model in models.items()}
+    for seed in "01":
+        assert asked(capsys, "hypo", "--ask", PROMPT, "--temperature", "0.01", "--seed", seed,
+                     "--max-new-tokens", "4")[0] == most_likely
+    ones = [asked(capsys, "hypo", "--ask", PROMPT, "--seed", seed)[0] for seed in "011"]
+    assert ones[0] != ones[1] == ones[2]
+    warm = asked(capsys, "hypo", "--ask", PROMPT, "--temperature", "1.5")[0]
+    assert warm == {name: models[name].decode(response).strip()
+                    for name, response in sampled(models, temperature=1.5).items()}
+
+
+@pytest.mark.parametrize("end", ["\n\nThe plot felt\n", ""], ids=["an empty line", "Ctrl-D"])
+def test_the_prompt_loop_draws_afresh_goes_on_after_a_mistake_and_ends(in_shop, capsys, monkeypatch, end):
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{PROMPT}\nThe zebra was\n{PROMPT}{end}"))
+    main(["hypo", "--ask"])
+    _, first, mistake, again, *last = capsys.readouterr().out.split("prompt (an empty line ends)> ")
+    assert [text.strip() for text in last] == [""], "what follows the end is not asked"
+    assert "every word" in mistake and "zebra" not in "".join(said(first)[0].values())
+    models = policies("hypo")
+    for number, block in ((0, first), (2, again)):
+        assert said(block)[0] == {name: models[name].decode(response).strip()
+                                  for name, response in sampled(models, number=number).items()}
+    assert said(first)[0] != said(again)[0]
+
+
+def test_runs_of_another_pi_ref_are_not_asked_together(in_shop, tmp_path, model_dir):
+    shutil.copytree(model_dir, tmp_path / "model")
+    shutil.copytree("dpo", tmp_path / "other")
+    write_text(tmp_path / "other" / "summary.json", json.dumps(
+        {**eval.read_summary("dpo"), "pi_ref": str(tmp_path / "model")}))
+    with pytest.raises(UserError, match="no common pi_ref, but .*random and .*model"):
+        main(["hypo", str(tmp_path / "other"), "--ask", PROMPT])
+
+
+def test_prompts_of_ones_own_are_measured_from_both_kinds_of_file(in_shop, tmp_path, capsys):
+    mine = [PROMPT, "The acting felt", "The plot felt"]
+    (tmp_path / "mine.txt").write_bytes("\ufeffThe plot was\r\n\r\nThe acting felt\nThe plot felt".encode())
+    write_rows(tmp_path / "mine.jsonl", [{"prompt": prompt} for prompt in mine])
+    left = []
+    for name in ("mine.txt", "mine.jsonl"):
+        main(["hypo", "--prompts", str(tmp_path / name), "--out", str(tmp_path / "g.png")])
+        left.append(read_rows("hypo/again/responses.jsonl"))
+    assert left[0] == left[1] and [row["prompt"] for row in left[0]] == mine
+    header, shown = cells(capsys.readouterr().out)[-4:-2]
+    assert (header[:2], shown[:2]) == (["run", "step"], ["hypo", "2"]), "no row of pi_ref: it has met other prompts"
+    line, = read_metrics("hypo/again")
+    assert line["judge_reward"] == pytest.approx(sum(row["reward"] for row in left[0]) / 3)
+    assert dict(zip(header, shown))["judge's reward"] == f"{line['judge_reward']:+.2f}"
+    main(["hypo", "dpo", "--against", "dpo", "--prompts", str(tmp_path / "mine.txt"), "--samples", "7",
+          "--out", str(tmp_path / "g.png")])
+    assert [row["prompt"] for row in read_rows("dpo/again/responses.jsonl")] == (3 * mine)[:7]
+    assert "hypo against dpo: win rate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("mine.txt", "The plot was\nThe zebra was", ":2: prompt: --model does not know every word"),
+    ("mine.txt", "The plot was\n" + "The plot" + " was" * 70, ":2: the prompt .* has 72 tokens; .* leaves room for 58"),
+    ("mine.txt", b"The plot was\nThe caf\xe9", ":2: field 'prompt' has half a character"),
+    ("mine.txt", "\n \n", ": no prompts"),
+    ("mine.jsonl", '{"prompt": "The plot was"}\n{"text": "The plot"}', ":2: field 'prompt' is missing"),
+    ("mine.jsonl", '{"prompt": [{"role": "user"}]}', ":1: field 'prompt': field 'content' must be a string"),
+    ("mine.jsonl", '{"prompt": []}', ":1: field 'prompt': expected messages, got"),
+    ("mine.jsonl", '{"prompt": [{"role": "user", "content": "The plot was"}]}', ":1: messages need a chat template"),
+    ("mine.jsonl", '{"prompt": "The plot \\ud800 was"}', ":1: field 'prompt' has half a character"),
+    ("mine.jsonl", '["The plot was"]', ": row 0: expected a JSON object")])
+def test_a_prompt_that_cannot_be_used_is_named_with_its_line(in_shop, tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=f"{name}{words}"):
+        main(["hypo", "--prompts", str(tmp_path / name)])
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--ask", "x", "--samples", "3"], "--samples would have no effect with --ask"),
+    (["--seed", "0"], "--seed would have no effect without --ask"),
+    (["--ask", "x", "--temperature", "0"], "--temperature: must be a finite number of at least 0.01")])
+def test_flags_of_another_command_are_refused(in_shop, capsys, flags, words):
+    with pytest.raises(SystemExit):
+        main(["hypo", *flags])
+    assert words in capsys.readouterr().err
+
+
+def test_a_run_of_conversations_reads_a_text_as_the_users_turn(in_shop, tmp_path, monkeypatch, capsys, model_dir):
+    shutil.copytree(model_dir, tmp_path / "chat")
+    shutil.copytree("hypo", tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    tokenizer = LM.load("chat").tokenizer
+    tokenizer.chat_template = "{% for turn in messages %} I{{ turn['content'] }}<eos>{% endfor %}"
+    for directory in ("chat", "run/policy"):
+        tokenizer.save_pretrained(directory)
+    write_text("run/summary.json", json.dumps(
+        {**eval.read_summary("run"), "pi_ref": "chat", "judge": "golden", "second_judge": None}))
+    rows = read_rows("run/responses.jsonl")
+    turn = [{"role": "user", "content": PROMPT}]
+    write_rows("run/responses.jsonl", [{**row, "prompt": [{**turn[0], "content": row["prompt"]}]} for row in rows])
+    models = policies("run")
+    assert models["run"].encode_prompt(turn) != models["run"].encode_prompt(PROMPT)
+    assert asked(capsys, "run", "--ask", PROMPT)[0] == {
+        name: models[name].decode(response).strip() for name, response in sampled(models, turn).items()}
+    write_text("mine.txt", PROMPT)
+    main(["run", "--prompts", "mine.txt"])
+    assert [row["prompt"] for row in read_rows("run/again/responses.jsonl")] == [turn]
+    assert len(again("run", 4)) == 4, "its own prompts, which are no texts, are measured again, too"

@@ -243,10 +243,10 @@ def test_loaded_weights_are_copied_into_storage_of_our_own(tmp_path, words, kind
 
 
 def test_a_model_that_is_not_here_is_one_clear_sentence(tmp_path, monkeypatch):
-    def no_hub(name, timeout):
+    def no_hub(self, name, repo_type, timeout):
         raise ConnectionError("no route\nto host")
 
-    monkeypatch.setattr(lm, "model_info", no_hub)
+    monkeypatch.setattr(lm.HfApi, "repo_info", no_hub)
     with pytest.raises(lm.Refused, match=r"^no-such/model is not a directory here.*hub.*\(no route\); name a"):
         lm.LM.load("no-such/model")
     with pytest.raises(lm.Refused, match="does not hold a causal language model"):

@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import check_pair, read_jsonl
+import rows
 from judges import load_judge
 from run import UserError, read_rows, write_text
 
@@ -280,7 +280,7 @@ def test_human_pairs_agree_with_the_ratings(ratings):
     texts = [row[side] for row in held_out + train for side in ("chosen", "rejected")]
     assert len(held_out) == 30 and len(train) > 60 and len(set(texts)) == len(texts) and set(texts) <= set(rated)
     for row in held_out + train:
-        assert check_pair(row, "here").prompt == ""
+        assert rows.pair_of(False, "", False, rows.row_of(("here", row))).prompt == ""
         a, b = rated[row["chosen"]], rated[row["rejected"]]
         shares = [(x > y) + 0.5 * (x == y) for x, y in itertools.product(a, b)]
         assert row["share"] == pytest.approx(sum(shares) / len(shares), abs=1e-4)
@@ -366,50 +366,21 @@ def test_errors_of_human_ratings(arguments, sentence, monkeypatch, tmp_path):
 # ---------------------------------------------------------------------------------------------------
 # the snippets for a hub in recipes/README.md
 
-def message(role, content):
-    return {"content": content, "role": role}
-
-
 def summaries(*texts, post="A long post.", choice=1):
     return {"info": {"id": "t3", "post": post, "title": "", "subreddit": "", "site": None, "article": None},
             "summaries": [{"text": text, "policy": "", "note": None} for text in texts], "choice": choice,
             "worker": "", "batch": "", "split": "train", "extra": {"confidence": None}}
 
 
-def feedback(chosen, rejected):
-    return {"prompt": "Why?", "prompt_id": "1", "score_chosen": 8.0, "score_rejected": 5.0,
-            **{side: [message("user", "Why?"), message("assistant", text)]
-               for side, text in (("chosen", chosen), ("rejected", rejected))}}
-
-
-DIALOGUE = "\n\nHuman: Hello\n\nAssistant: Hi\n\nHuman: Why?\n\nAssistant:"
 HUB = {
     "openai/summarize_from_feedback": [
         summaries(" Bad one.", " Good one."), summaries(" Better.", " Worse.", choice=0),
         summaries(" Equal.", " Equal."), summaries(" ", " Alone."), summaries(" A.", " B.", post=None)],
-    "Anthropic/hh-rlhf": [
-        {"chosen": DIALOGUE + " Because.", "rejected": DIALOGUE + " No."},
-        {"chosen": DIALOGUE + " Same.", "rejected": DIALOGUE + " Same."},
-        {"chosen": DIALOGUE + " Because.", "rejected": DIALOGUE},
-        {"chosen": DIALOGUE + " Because.", "rejected": DIALOGUE + " No.\n\nHuman: Well\n\nAssistant: Yes."}],
-    "HuggingFaceH4/ultrafeedback_binarized": [
-        feedback("Because.", "No."), feedback("Same.", "Same."), feedback("Because.", "")],
 }
 READ = {
     "openai/summarize_from_feedback": [
         ("A long post.\n\nTL;DR:", " Good one.", " Bad one."), ("A long post.\n\nTL;DR:", " Better.", " Worse.")],
-    "Anthropic/hh-rlhf": [(DIALOGUE, " Because.", " No.")],
-    "HuggingFaceH4/ultrafeedback_binarized": [("<user>Why?<assistant>", "Because.", "No.")],
 }
-
-
-class ChatTokenizer:
-    """Renders <role>content."""
-
-    chat_template, eos_token = "{...}", "</s>"
-
-    def apply_chat_template(self, messages, tokenize, add_generation_prompt=False):
-        return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>" * add_generation_prompt
 
 
 def test_hub_snippets(monkeypatch, tmp_path):
@@ -426,11 +397,10 @@ def test_hub_snippets(monkeypatch, tmp_path):
         before = set(tmp_path.rglob("*.jsonl"))
         exec(compile(snippet, "recipes/README.md", "exec"), {})
         (file,) = set(tmp_path.rglob("*.jsonl")) - before
-        pairs = read_jsonl(file, types.SimpleNamespace(tokenizer=ChatTokenizer()))
+        pairs = rows.read_jsonl(file)
         assert [pair[:3] for pair in pairs] == READ[loaded[-1][0]]
     assert [(name, options["split"]) for name, options in loaded] == [
-        ("openai/summarize_from_feedback", "train"), ("Anthropic/hh-rlhf", "train"),
-        ("HuggingFaceH4/ultrafeedback_binarized", "train_prefs")]
+        ("openai/summarize_from_feedback", "train")]
 
 
 def test_readme_names_every_recipe():

@@ -549,7 +549,7 @@ def test_a_users_error_is_printed_as_one_sentence(model_dir, tmp_path):
 
     def resume():
         write_text(tmp_path / "inputs.json", '{"settings": {}}')
-        run.refuse_other_settings(argparse.Namespace(out=tmp_path, device="cpu", beta=1))
+        run.refuse_other_settings(argparse.Namespace(out=tmp_path, device="cpu", beta=1, max_new_tokens=3))
 
     def interrupt():
         raise KeyboardInterrupt

@@ -13,6 +13,7 @@ import data
 import dpo
 import fast
 import lm
+import rows
 import run
 import world
 from models import random_model
@@ -49,8 +50,8 @@ def train_ours(directory, out, **changes):
         eval_every=STEPS, seed=0, device="cpu", resume=False, out=out), **changes})
     out.mkdir()
     policy = fast.FastLM.load(str(directory))
-    texts = data.read_jsonl(directory.with_name("pairs.jsonl"), policy)
-    pairs = data.add_ref_logps(policy.frozen_copy(), data.encode(policy, texts, LONGEST))
+    texts = rows.read_jsonl(directory.with_name("pairs.jsonl"))
+    pairs = data.add_ref_logps(policy.frozen_copy(), rows.encode(policy, texts, LONGEST))
     dpo.train(policy, lambda step: step.minibatch(pairs), lambda policy: {}, args)
     lines = run.read_rows(out / "metrics.jsonl")[1:]
     return policy.model, [pair[:3] for pair in in_order(pairs)], torch.tensor(

@@ -1,0 +1,431 @@
+"""From a row of a file to a pair of token ids: every form that public sets have, every check of a row.
+
+A pair is a prompt with two responses. A row may hold it as texts or as messages {"role", "content"};
+the prompt may be given, be repeated in the responses, or be what whole conversations share. One rule
+serves all: the turns that both sides share are the prompt, the assistant's last turn is the
+response. So no turn is lost, and nothing that a user said is trained on.
+"""
+
+import functools
+import gzip
+import os
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lm
+import run
+from lm import LM, Encoded, Ids, Message, Prompt, text_of
+from run import UserError
+
+FIELDS = ("prompt", "chosen", "rejected")
+# In what columns sets keep the prompt, the first that is there
+PROMPTS = ("prompt", "question", "instruction", "query", "input", "history", "context", "conversations")
+# and two answers; if they are not sorted, the column that says which is better, and below or above
+# which number the first is
+ANSWERS = (
+    ("full_chosen", "full_rejected", "", 0, 0),  # Math-Step-DPO, where `chosen` is one step
+    ("chosen", "rejected", "", 0, 0),
+    ("response_0", "response_1", "better_response_id", 0.5, -1),  # PKU-SafeRLHF: 0 or 1
+    ("human_ref_A", "human_ref_B", "labels", 0.5, 1),  # SHP: 1 if A is better
+    ("answer_0", "answer_1", "score_0", 0, 1),  # WebGPT: a score of its own
+    ("response1", "response2", "overall_preference", 0, -1),  # HelpSteer3: from -3 to 3
+    ("response_1", "response_2", "preference_strength", 0, -1),  # HelpSteer2
+    ("conversation_a", "conversation_b", "winner", 0, -1))  # Chatbot Arena: model_a, model_b, tie
+WINNERS = {"model_a": -1, "model_b": 1}
+ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant",
+         "chatgpt": "assistant"}  # what others call them
+UNSAID = ("tool_calls", "function_call", "reasoning_content", "thinking", "images")  # beside the content
+TABLES = {".csv", ".tsv", ".parquet", ".arrow"}
+TURN = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")  # HH-RLHF's marks
+ASKS = re.compile(r"(?:^|\n)\s*(?:#+ *)?(?:human|user|question|instruction|q):", re.I)  # a user's turn
+MARK = re.compile(r"\[/INST\]|(?:^|\n)\s*(?:#+ *)?\w[\w ]{0,30}:")  # of any role, before what it says
+
+
+class Pair(NamedTuple):
+    """A preference: a prompt, two responses as texts, and the file and line that it comes from."""
+    prompt: Prompt
+    chosen: str
+    rejected: str
+    where: str
+
+
+Said = str | list[Message]
+
+
+class Row(NamedTuple):
+    """What a row says, whatever its columns are called."""
+    where: str
+    system: str
+    prompt: Said | None
+    asks: bool  # the prompt is a question to an assistant, and not the start of a text
+    chosen: Said
+    rejected: Said
+    columns: list[str]
+    bare: bool  # no other column is a text
+
+
+# ---- rows, and those that cannot be used
+
+class BadRow(UserError):
+    """A row that cannot be used; kind: what it counts as, where rows are left out."""
+
+    def __init__(self, text: str, kind: str):
+        super().__init__(text)
+        self.kind = kind
+
+
+class Sift:
+    """A row that cannot be used ends the command; with --skip-bad it is left out, and counted."""
+
+    def __init__(self, skip: bool):
+        self.skip, self.left_out, self.first = skip, Counter[str](), ""
+
+    def __call__(self, make: Callable, rows: Sequence) -> list:
+        """make(row) of every row, less those that it refuses."""
+        kept = []
+        for row in lm.progress(rows, "reading pairs", "rows"):
+            try:
+                kept.append(make(row))
+            except UserError as error:
+                if not self.skip:
+                    raise UserError(f"{error} (--skip-bad leaves out such rows)") from None
+                self.left_out[getattr(error, "kind", "unreadable")] += 1
+                self.first = self.first or str(error)
+        if not kept:
+            raise UserError(f"no row is left; the first was left out for this: {self.first}")
+        return kept
+
+
+def file_rows(path, flag: str = "--data") -> list[tuple[str, Any]]:
+    """("file:line", the line's bytes) of a JSONL file; of a JSON list, ("file: row i", object)."""
+    if not os.path.isfile(path):  # a pipe, say, would be waited for
+        raise UserError(f"{flag}: {path} is not a file, or not there; the head of data.py says what a "
+                        "directory holds")
+    with run.touching(path, flag):
+        content = Path(path).read_bytes()
+        try:
+            content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+        except (EOFError, zlib.error) as error:
+            raise UserError(f"{path} is a damaged .gz file ({error})") from None
+    if content.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
+        rows = [(f"{path}: row {i}", row) for i, row in enumerate(run.json_value(content, str(path)))]
+    else:
+        rows = run.numbered_lines(path, content)
+    if not rows:
+        raise UserError(f"{path}: no rows; each line must be one JSON object")
+    return rows
+
+
+def as_object(where: str, row) -> dict:
+    """The row, or the line's bytes, as a JSON object."""
+    return run.json_object(run.json_value(row, where) if isinstance(row, bytes) else row, where)
+
+
+def read_objects(path, flag: str = "--data") -> list[tuple[str, dict]]:
+    """("file:line", object) of every line of a JSONL file."""
+    return [(where, as_object(where, row)) for where, row in file_rows(path, flag)]
+
+
+def string(row: dict, field: str, where: str, may_be_empty: bool = False) -> str:
+    """The text in a field of a row."""
+    text = row.get(field)
+    if field not in row:
+        why = f"is missing; found {sorted(row)}"
+    elif not isinstance(text, str):
+        why = f"must be a string; got {text!r:.60}"
+    elif text != text.encode(errors="ignore").decode():
+        why = "has half a character (a lone surrogate, or no UTF-8), which cannot be tokenised"
+    elif not text.strip() and not may_be_empty:
+        why = "is empty; it needs a word"
+    else:
+        return text
+    raise BadRow(f"{where}: field '{field}' {why}", "empty" if "is empty" in why else "unreadable")
+
+
+def sources(name: str) -> list[list[tuple[str, Any]]]:
+    """The rows of --data: all in one list, or those to train on and those held out."""
+    path, parts = Path(name), [os.path.join(name, f"{part}.jsonl") for part in ("pairs", "held_out_pairs")]
+    if any(map(os.path.lexists, parts)):
+        return [*map(file_rows, parts)]
+    if os.path.isfile(name) and not TABLES & {*path.suffixes}:
+        return [file_rows(path)]
+    return [library_rows(name)]
+
+
+def library_rows(name: str) -> list[tuple[str, dict]]:
+    """Rows of a file, folder or hub data set, by the datasets library; NAME:SPLIT, or NAME:CONFIG:SPLIT."""
+    path, *parts = [name] if os.path.exists(name) else name.split(":")
+    split, config = parts[-1] if parts else "train", parts[0] if parts[1:] else None
+    try:
+        import datasets
+    except ImportError:
+        what = "there is no such file; to look for it on the hub"
+        if os.path.exists(path):
+            what = "to read it, unless it is meant to hold pairs.jsonl and held_out_pairs.jsonl,"
+        raise UserError(f"--data {name}: {what}, run: pip install datasets") from None
+    try:
+        if os.path.isfile(path):
+            kind = next(suffix[1:] for suffix in Path(path).suffixes if suffix in TABLES)
+            csv: dict = dict(sep="\t" if kind == "tsv" else ",", keep_default_na=False)  # "None" is a word
+            rows = datasets.load_dataset("csv" if kind == "tsv" else kind, data_files=path, split="train",
+                                         **(csv if kind in ("csv", "tsv") else {}))
+        elif {"state.json", "dataset_dict.json"} & {*(os.listdir(path) if os.path.isdir(path) else [])}:
+            rows = datasets.load_from_disk(path)
+            rows = rows[split] if isinstance(rows, datasets.DatasetDict) else rows
+        else:
+            if not os.path.isdir(path) and not lm.hub_answers(path, "dataset"):  # or it would try for long
+                datasets.config.HF_HUB_OFFLINE = True
+            rows = datasets.load_dataset(path, config, split=split)
+    except lm.Refused as error:
+        raise UserError(f"--data {name}: {error}") from None
+    except Exception as error:  # the library raises many kinds; all mean that there are no rows
+        why = " ".join(str(error.__cause__ or error).split()) or repr(error)
+        raise UserError(f"--data {name}: the datasets library cannot read it ({type(error).__name__}: "
+                        f"{why:.300}); give a file of pairs, a data set, or NAME:SPLIT") from None
+    return [(f"{name}: row {i}", row) for i, row in enumerate(rows)]
+
+
+def read_pairs_of(rows: list, sift: Sift, chat: bool) -> list[Pair]:
+    """The pairs of a file's rows. chat: the model has a chat template."""
+    read = sift(row_of, rows)
+    mark, repeated = what_rows_share(read)
+    return sift(functools.partial(pair_of, chat, mark, repeated), read)
+
+
+def read_jsonl(path, chat: bool = False) -> list[Pair]:
+    """Preference pairs of a JSONL file."""
+    return read_pairs_of(file_rows(path), Sift(False), chat)
+
+
+# ---- a row
+
+def row_of(row: tuple[str, Any]) -> Row:
+    """What is in the columns of a row, the better answer as `chosen`."""
+    where, content = row[0], as_object(*row)
+    here = [sum(name in content for name in layout[:2]) for layout in ANSWERS]
+    first, second, label, middle, sign = ANSWERS[here.index(max(here)) if any(here) else 1]
+    answers = {name: said(content, name, where) for name in (first, second)}
+    if label:
+        value = content.get(label)
+        value = WINNERS.get(value, 0) if isinstance(value, str) else value
+        if not isinstance(value, (int, float)) or value == middle:
+            raise BadRow(f"{where}: field '{label}' is {content.get(label)!r:.40}: neither answer is the "
+                         "better one", "ties")
+        if (value - middle) * sign < 0:
+            first, second = second, first
+    asked = [name for name in PROMPTS if content.get(name) is not None]
+    prompt = said(content, asked[0], where) if asked else None
+    more = content.get("input")
+    if asked[:1] == ["instruction"] and isinstance(more, str) and more:  # Alpaca's way to ask
+        prompt = f"{prompt}\n{more}"
+    others = {*content} - {first, second, label}
+    asks = first + second != "chosenrejected" or "system" in content or asked[:1] not in ([], ["prompt"])
+    system = string(content, "system", where, may_be_empty=True) if content.get("system") else ""
+    return Row(where, system, prompt, asks,
+               answers[first], answers[second], sorted(content),
+               not any(isinstance(content[name], list) or " " in str(content[name]) for name in others))
+
+
+def said(row: dict, field: str, where: str) -> Said:
+    """What a field says: a text, or messages."""
+    value = row.get(field)
+    if isinstance(value, dict):  # one message, or a text with notes
+        value = next((value[name] for name in ("full_text", "text") if name in value), [value])
+    if isinstance(value, list):
+        return messages_of(value, field, where)
+    return string({**row, field: value} if field in row else row, field, where,
+                  may_be_empty=field in PROMPTS)
+
+
+def messages_of(value: list, field: str, where: str) -> list[Message]:
+    """Messages with `role` and `content` alone. BadRow: what a template might leave out."""
+    if not value or not all(isinstance(message, dict) for message in value):
+        raise BadRow(f"{where}: field '{field}': expected messages, got {value!r:.60}", "unreadable")
+    messages = []
+    for message in value:
+        beside = [name for name in UNSAID if message.get(name)]
+        content = message.get("content", message.get("value"))
+        if isinstance(content, list):  # parts
+            texts = [part["text"] for part in content if isinstance(part, dict)
+                     and part.get("type") == "text" and isinstance(part.get("text"), str)]
+            beside += ["a part that is no text"] if len(texts) < len(content) else []
+            content = "".join(texts)
+        if beside:
+            raise BadRow(f"{where}: field '{field}' has a message with {beside[0]}; only what a "
+                         "message says in its content is read, so write it there or drop the row", "more than text")
+        plain = {"role": message.get("role", message.get("from")), "content": content}
+        role = string(plain, "role", f"{where}: field '{field}'")
+        messages.append({"role": ROLES.get(role, role), "content": string(
+            plain, "content", f"{where}: field '{field}'", may_be_empty=True)})
+    return messages
+
+
+def what_rows_share(rows: list[Row]) -> tuple[str, bool]:
+    """(the mark with which the last turn begins in nearly all rows, whether all repeat the prompt)."""
+    texts = [(row.prompt, row.chosen, row.rejected) for row in rows
+             if isinstance(row.chosen, str) and isinstance(row.rejected, str)]
+    both = [os.path.commonprefix([chosen, rejected]) for _, chosen, rejected in texts]
+    marks = [found[0] for found in MARK.finditer(both[0])][::-1] if both else []
+    mark = next((mark for mark in marks if sum(mark in text for text in both) > 0.9 * len(both)), "")
+    return mark, bool(texts) and all(
+        isinstance(prompt, str) and prompt.strip() and text.startswith(prompt)
+        for (prompt, _, _), text in zip(texts, both))
+
+
+def pair_of(chat: bool, mark: str, repeated: bool, row: Row) -> Pair:
+    """The prompt that both sides share, and the two responses: what the assistant says last.
+
+    Texts stay texts. If the model has a chat template, a dialogue becomes messages all the same:
+    HH-RLHF's turns, a question, or what comes with a system's text. mark, repeated: what_rows_share.
+    """
+    prompt: Prompt
+    if all(isinstance(side, str) for side in (row.prompt or "", row.chosen, row.rejected)):
+        prompt, chosen, rejected = split_texts(row, mark, repeated)
+        turns = turns_of(prompt) or [{"role": "user", "content": prompt}] * row.asks
+        system = [{"role": "system", "content": row.system}] if row.system else []
+        if chat and turns:
+            prompt, chosen, rejected = system + turns, chosen.strip(), rejected.strip()
+        elif row.system:
+            prompt = f"{row.system}\n\n{prompt}"
+    else:
+        sides = [conversation(row, field) for field in FIELDS[1:]]
+        prompt, (chosen, rejected) = sides[0][:-1], (side[-1]["content"] for side in sides)
+        if prompt != sides[1][:-1]:
+            raise BadRow(f"{row.where}: fields 'chosen' and 'rejected' part before the assistant's last turn, "
+                         "so they answer different prompts; drop the turns after the first that differs",
+                         "turns that part early")
+    for field, text in (("chosen", chosen), ("rejected", rejected)):
+        string({field: text}, field, row.where)
+    if chosen == rejected:
+        raise BadRow(f"{row.where}: fields 'chosen' and 'rejected' are the same text; drop the row", "equal")
+    return Pair(prompt, chosen, rejected, row.where)
+
+
+def split_texts(row: Row, mark: str, repeated: bool) -> tuple[str, str, str]:
+    """(prompt, chosen, rejected) of a row without messages."""
+    texts = [str(row.chosen), str(row.rejected)]
+    if row.prompt is not None:
+        prompt = str(row.prompt)
+        texts = [text[len(prompt):] for text in texts] if repeated else texts
+        if not turns_of(prompt):
+            return prompt, texts[0], texts[1]
+        texts, mark = [prompt + text for text in texts], "\n\nAssistant:"
+    if mark:
+        (before, found, chosen), (other, _, rejected) = (text.rpartition(mark) for text in texts)
+        if not found or before != other:
+            raise BadRow(f"{row.where}: fields 'chosen' and 'rejected' part before their last "
+                         f"{mark.strip()!r}, so they answer different prompts; drop the row",
+                         "turns that part early")
+        if ASKS.search(before) and ASKS.search(chosen + "\n" + rejected):
+            raise BadRow(f"{row.where}: fields 'chosen' and 'rejected' end with a turn of the user, which "
+                         "answers nothing; drop that turn, or the row", "no answer")
+        return before + mark, chosen, rejected
+    both = os.path.commonprefix(texts)
+    n = max(both.rfind(" "), both.rfind("\n"))  # not inside a word
+    if n < 1 or not row.bare:
+        raise BadRow(f"{row.where}: field 'prompt' is missing; found {row.columns}, and no mark such as "
+                     "'Assistant:' with which all answers begin", "unreadable")
+    return both[:n], texts[0][n:], texts[1][n:]
+
+
+def turns_of(text: str) -> list[Message]:
+    """HH-RLHF's form of a dialogue as messages; [] if the text is no such dialogue."""
+    first, *parts = TURN.split(text)  # "", "Human", "Hello!", "Assistant", ""
+    if first.strip() or parts[-2:-1] != ["Assistant"] or parts[-1].strip():
+        return []
+    return [{"role": ROLES.get(who.lower(), who.lower()), "content": what.strip()}
+            for who, what in zip(parts[:-2:2], parts[1:-2:2])]
+
+
+def conversation(row: Row, field: str) -> list[Message]:
+    """All turns of one side: the prompt's, and those of the field that the prompt does not hold."""
+    side, prompt = getattr(row, field), row.prompt or []
+    side = [{"role": "assistant", "content": side}] if isinstance(side, str) else side
+    asked = [message["content"].strip() for message in side if message["role"] == "user"]
+    if isinstance(prompt, str):
+        if asked and prompt.strip() not in asked:
+            raise BadRow(f"{row.where}: nobody says the field 'prompt' in '{field}', {prompt!r:.40}; drop one "
+                         "of them", "unreadable")
+        prompt = [] if asked else [{"role": "user", "content": prompt}]
+    if row.system and "system" not in [message["role"] for message in [*prompt, *side]]:
+        prompt = [{"role": "system", "content": row.system}, *prompt]
+    n = next(n for n in range(len(prompt), -1, -1) if prompt[len(prompt) - n:] == side[:n])
+    turns = [*prompt, *side[n:]]
+    if prompt and not n and prompt[-1]["role"] == side[0]["role"]:
+        raise BadRow(f"{row.where}: the field 'prompt' ends with a turn of the {side[0]['role']}, and '{field}' "
+                     "begins with another", "unreadable")
+    if len(turns) < 2 or turns[-1]["role"] != "assistant":
+        raise BadRow(f"{row.where}: field '{field}' must end with a turn of the assistant, which answers "
+                     f"something; it has {[message['role'] for message in turns]}", "no answer")
+    return turns
+
+
+# ---- as tokens
+
+def encode(policy: LM, pairs: Sequence[Pair], max_new_tokens: int) -> list[Encoded]:
+    """Pairs as token ids. UserError: file, line and field of what cannot be trained on."""
+    return [cut(policy, max_new_tokens, token_ids(policy, pair))[1] for pair in pairs]
+
+
+def token_ids(policy: LM, pair: Pair) -> tuple[Pair, Encoded]:
+    """The pair, and all of it as token ids, however long."""
+    try:
+        prompt = policy.encode_prompt(pair.prompt)
+        chosen, rejected = (policy.encode_response(text, 10**9, pair.prompt) for text in pair[1:3])
+    except lm.Refused as error:
+        raise BadRow(f"{pair.where}: {error}", "not for this chat template") from None
+    for field, said in zip(FIELDS, pair):
+        check_words(policy, said, f"{pair.where}: field '{field}'")
+    return pair, Encoded(prompt, chosen, rejected)
+
+
+def cut(policy: LM, max_new_tokens: int, row: tuple[Pair, Encoded]) -> tuple[Pair, Encoded]:
+    """The pair, its responses cut to that many tokens."""
+    pair, ids = row
+    refuse_long(policy, pair.prompt, ids.prompt, pair.where, max_new_tokens)
+    chosen, rejected = ids.chosen[:max_new_tokens], ids.rejected[:max_new_tokens]
+    if chosen == rejected:
+        raise BadRow(f"{pair.where}: fields 'chosen' and 'rejected' are the same in their first "
+                     f"{max_new_tokens} tokens; raise --max-new-tokens or drop it", "equal when cut")
+    return pair, Encoded(ids.prompt, chosen, rejected)
+
+
+def prompt_of(row: dict, where: str) -> Prompt:
+    """The prompt in a row, a text or messages."""
+    given = row.get("prompt")
+    return messages_of(given, "prompt", where) if isinstance(given, list) else string(row, "prompt", where)
+
+
+def prompt_ids(policy: LM, prompt: Prompt, where: str, max_new_tokens: int) -> Ids:
+    """Its token ids. UserError: words that are not known, or more than there is room."""
+    check_words(policy, prompt, f"{where}: prompt")
+    try:
+        ids = policy.encode_prompt(prompt)
+    except lm.Refused as error:
+        raise UserError(f"{where}: {error}") from None
+    refuse_long(policy, prompt, ids, where, max_new_tokens)
+    return ids
+
+
+def refuse_long(policy: LM, prompt: Prompt, ids: Ids, where: str, max_new_tokens: int) -> None:
+    """BadRow if prompt and response would not fit the context."""
+    room = policy.context_length - max_new_tokens
+    if len(ids) > room:
+        raise BadRow(f"{where}: the prompt {text_of(prompt)!r:.40} has {len(ids)} tokens; the context "
+                     f"of {policy.context_length} less --max-new-tokens {max_new_tokens} leaves room "
+                     f"for {max(room, 0)}; shorten the prompt or lower --max-new-tokens",
+                     "over the context")
+
+
+def check_words(policy: LM, said: Prompt, where: str) -> None:
+    """BadRow if the tokenizer does not know a word."""
+    texts = [said] if isinstance(said, str) else [message["content"] for message in said]
+    for text in texts:
+        ids = policy.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        if policy.tokenizer.unk_token_id in ids:
+            raise BadRow(f"{where}: --model does not know every word; it reads "
+                         f"{policy.tokenizer.decode(ids)!r:.60}; use a pretrained one", "unknown words")
