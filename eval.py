@@ -24,7 +24,7 @@ import torch
 
 import run
 from judges import load_judge
-from lm import LM, Prompt, Refused, text_of
+from lm import LM, Prompt, Refused, card_of, text_of
 from rows import prompt_ids, prompt_of, read_objects
 from run import UserError
 
@@ -119,8 +119,8 @@ def finish(start, args) -> dict:
         "second_judge": start.second and start.second.name, "settings": run.settings(args)}
     with run.touching(args.out / "policy", "--out"):
         start.policy.save(args.out / "policy", model_card(
-            args, "A policy for research on preference fine-tuning. It goes on where the prompt "
-            "ends, and was measured on the prompts of its own task only.", measured))
+            args, "AutoModelForCausalLM", "A policy for research on preference fine-tuning. It goes on "
+            "where the prompt ends, and was measured on the prompts of its own task only.", measured))
     plot_curve(args.out, summary, lines)
     write_samples(args.out / "samples.md", read_responses(args.out))
     run.write_text(args.out / "summary.json", json.dumps(summary, indent=1) + "\n")  # always last
@@ -130,16 +130,24 @@ def finish(start, args) -> dict:
     return summary
 
 
-def model_card(args, what: str, measured: dict) -> str:
-    """README.md of a saved model: what it is, how it was made, what was measured."""
-    on_hub = args.model != "tiny" and not Path(args.model).is_dir()  # hubs link to it
+def model_card(args, kind: str, what: str, measured: dict) -> str:
+    """README.md of a saved model: its licence, how to load it, how it was trained, what it measures."""
+    head = card_of(args.model)  # hubs read the head of a card, and link to the base model
+    if args.model != "tiny" and not os.path.isdir(args.model):
+        head["base_model"] = args.model
+    licence = head.get("license", "mit" if args.model == "tiny" else None)
     results = [f"| {name} | {x:.4g} |" for name, x in measured.items() if isinstance(x, float)]
     settings = [f"| {name} | {x} |" for name, x in run.settings(args).items() if x is not None]
-    return "\n".join([  # the head, between dashes, is for model hubs
-        "---\nlibrary_name: transformers", *[f"base_model: {args.model}"] * on_hub,
-        f"tags: [{args.algorithm}, rlhf]\n---", f"# {args.algorithm} on {Path(args.model).name}",
-        "", what, "", "| measured on held-out prompts | |", "| --- | ---: |", *results,
-        "", "| setting | |", "| --- | --- |", *settings, ""])
+    return "\n".join([
+        "---", "library_name: transformers", f"tags: [{args.algorithm}, rlhf]",
+        *[f"{name}: {value}" for name, value in (("license", licence), ("base_model", head.get(
+            "base_model"))) if value],
+        "---", f"# {args.algorithm} on {Path(args.model).name}", "", what, "",
+        "Licence: that of the base model" + (f", {licence}." if licence else ", which its own card names."),
+        "", "```python", f"from transformers import AutoTokenizer, {kind}",
+        f'model = {kind}.from_pretrained("DIR")', 'tokenizer = AutoTokenizer.from_pretrained("DIR")',
+        "```", "", "| measured on held-out prompts | |", "| --- | ---: |", *results,
+        "", f"| trained by {args.algorithm} with | |", "| --- | --- |", *settings, ""])
 
 
 def read_metrics(directory) -> list[dict]:

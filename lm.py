@@ -46,7 +46,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub import HfApi, metadata_load, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from safetensors import safe_open
 from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
@@ -239,8 +239,9 @@ class Network(torch.nn.Module):
         prompt: what it answers; after a conversation, the chat template writes out the answer.
         """
         ids = self.answer(text, prompt)
-        end = next((t for t, token in enumerate(ids) if token in self.end_ids), len(ids))
-        return [*ids[:end], *(ids[end:end + 1] or [self.eos_id])][:max_new_tokens]
+        if not isinstance(prompt, str):
+            ids = self.up_to_end(ids)
+        return (ids if self.ended(ids) else [*ids, self.eos_id])[:max_new_tokens]
 
     def continued(self, text: str, **how) -> Ids:
         """Token ids of a text that is no start."""
@@ -253,6 +254,11 @@ class Network(torch.nn.Module):
         ids = ids[:-1] if self.ended(ids) else ids
         decode = functools.partial(self.tokenizer.decode, clean_up_tokenization_spaces=False)
         return decode(self.lead + ids)[len(decode(self.lead)):]
+
+    def up_to_end(self, ids: Ids) -> Ids:
+        """A response without what follows its end."""
+        ends = (t for t, token in enumerate(ids, 1) if token in self.end_ids)
+        return ids[:next(ends, len(ids))]
 
     def ended(self, ids: Ids) -> bool:
         """Whether the response has its end, and was not cut."""
@@ -423,9 +429,7 @@ class LM(Network):
         n = 4 * self.batch_size  # a row takes less than in a training step: nothing to go back for
         for i in progress(range(0, len(prompts), n), "sampling", "batches"):
             rows += self.sample_batch(prompts[i:i + n], uniform[i:i + n], temperature)
-        lengths = [next((t for t, token in enumerate(row, 1) if token in self.end_ids), len(row))
-                   for row in rows]
-        return [row[:n] for row, n in zip(rows, lengths)]
+        return [*map(self.up_to_end, rows)]
 
     def sample_batch(self, prompts, uniform, temperature=1.0, draw: Callable = draw) -> list[Ids]:
         """Rows of tokens, of equal length: what follows a row's first EOS has no meaning.
@@ -555,7 +559,7 @@ def read_model(kind, what: str, name: str):
     """
     here = os.path.isdir(name)
     if here:
-        refuse_files(Path(name))
+        refuse_files(Path(name), kind.__name__)
     # a hub that does not answer would be asked again and again, for minutes
     safe: Any = dict(trust_remote_code=False, local_files_only=here or not hub_answers(name, "model"))
     part = "config.json"
@@ -609,8 +613,8 @@ def refuse_unfit(name: str, model, tokenizer, found: dict) -> None:
                       f"{rows - 1}; call resize_token_embeddings after adding tokens, and train them")
 
 
-def refuse_files(directory: Path) -> None:
-    """Refused: files from which no model can be read, each with what to do."""
+def refuse_files(directory: Path, kind: str) -> None:
+    """Refused: files from which no model can be read, each with what to do. kind: an Auto class."""
     names = {path.name for path in directory.glob("*")}
     for file in sorted(directory.glob("*.safetensors")):
         try:
@@ -618,18 +622,29 @@ def refuse_files(directory: Path) -> None:
                 pass
         except Exception as error:  # SafetensorError, which safetensors keeps to itself
             raise Refused(f"{file} is damaged ({error}); delete it and get or make it again") from None
+    copy_tokenizer = f"T.from_pretrained('{directory}').save_pretrained('NEW')\""
     if "adapter_config.json" in names:
-        raise Refused(f"{directory} holds a PEFT adapter; merge it into its model first: "
-                      "AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload()"
-                      ".save_pretrained(NEW)")
+        raise Refused(f"{directory} holds a PEFT adapter; merge it into its model first (pip install peft): "
+                      "python -c \"from transformers import AutoTokenizer as T; from peft import "
+                      f"{kind.replace('Auto', 'AutoPeft')} as M; M.from_pretrained('{directory}')"
+                      f".merge_and_unload().save_pretrained('NEW'); {copy_tokenizer}")
     if "config.json" not in names and names & {"policy", "model"}:
         raise Refused(f"{directory} holds a run, not a model; did you mean "
                       f"{directory / min(names & {'policy', 'model'})}?")
     if not any(name.endswith(".safetensors") for name in names) and any(
             name.endswith(".bin") for name in names):
-        raise Refused(f"{directory} has its weights in a .bin file, which may run code when it is "
-                      "read; convert it where you trust it: AutoModelForCausalLM.from_pretrained("
-                      "DIR).save_pretrained(NEW)")
+        raise Refused(f"{directory} has its weights in a .bin file, which may run code when it is read; "
+                      f"convert it where you trust it: python -c \"from transformers import {kind} as M, "
+                      f"AutoTokenizer as T; M.from_pretrained('{directory}').save_pretrained('NEW'); "
+                      f"{copy_tokenizer}")
+
+
+def card_of(name: str) -> dict:
+    """The head of a model's card, such as its license; {} if there is none here."""
+    card = os.path.join(name, "README.md") if os.path.isdir(name) else None
+    with contextlib.suppress(Exception):  # it is written by hand, in YAML, in many ways
+        return metadata_load(str(card or try_to_load_from_cache(name, "README.md"))) or {}
+    return {}
 
 
 def hub_answers(name: str, kind: str) -> bool:

@@ -192,8 +192,9 @@ def reward_model(start, args):
     measured = evaluate(scorer)
     with run.touching(directory, "--out"):
         scorer.save(directory, model_card(
-            reward_args, "A reward model. The reward is the score after prompt + response + EOS, "
-            "read at that EOS, less `reward_center` of config.json: pi_ref's mean.", measured))
+            reward_args, "AutoModelForSequenceClassification", "A reward model. The reward is the score "
+            "after prompt + response + EOS, read at that EOS, less `reward_center` of config.json: "
+            "pi_ref's mean. For a batch in transformers, give model.config a pad_token_id.", measured))
     print("reward model, held out: " + ", ".join(
         f"{name} {x:.3f}" for name, x in measured.items() if x is not None))
     return data.judge_named(str(directory), args.device)

@@ -156,8 +156,8 @@ def add_run_flags(p: argparse.ArgumentParser) -> None:
     add("--resume", action="store_true", help="go on from the last checkpoint in --out, exactly")
 
     add = p.add_argument_group("the machine").add_argument
-    add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
+    add("--device", type=device, help="cpu, cuda, cuda:1, mps ... (default: cuda if there is one; for a "
+        "pretrained model mps, if there is one)")
     add("--dtype", choices=["float32", "bfloat16"], help="what the forward pass computes in; "
         "weights stay float32 (default bfloat16 for a pretrained model on a GPU that has it)")
     add("--train-layers", type=COUNT, metavar="N", help="train only the last N layers: less memory "
@@ -217,6 +217,9 @@ def parse(p: argparse.ArgumentParser, argv, algorithm: Callable, useless: Callab
 def fill_in(args, has_prompts: bool) -> None:
     """The defaults that depend on other flags."""
     tiny = args.model == "tiny"
+    if args.device is None:
+        args.device = ("cuda" if torch.cuda.is_available() else
+                       "mps" if torch.backends.mps.is_available() and not tiny else "cpu")
     of_a_run = os.path.exists(Path(args.model).parent / "summary.json")  # already fine-tuned
     defaults = dict(
         pairs=400 if tiny else 1000, batch_size=64 if tiny else 16, lr=5e-4 if tiny else 2e-5,

@@ -127,8 +127,8 @@ PLANTED = [
     (8, "lm", "torch.where(mask, kl, 0.0).sum(1)", {
         "mean over tokens instead of sum": "torch.where(mask, kl, 0.0).mean(1)",
         "padding counts": "kl.sum(1)"}),
-    (8, "lm", "for start in range(0, len(prompts), n):", {
-        "the last, short batch is lost": "for start in range(0, max(1, len(prompts) - n + 1), n):"}),
+    (8, "lm", "range(0, len(prompts), n), \"KL\"", {
+        "the last, short batch is lost": "range(0, max(1, len(prompts) - n + 1), n), \"KL\""}),
     (8, "lm", "log_ref = ref.response_logits(*batch)[0]", {
         "the policy against itself": "log_ref = self.response_logits(*batch)[0]"}),
 

@@ -147,6 +147,8 @@ def convert(source, target):
     tokenizer.save(str(temporary / "tokenizer.json"))
     for name, content in (("config", config), ("tokenizer_config", tokenizer_config)):
         run.write_text(temporary / f"{name}.json", json.dumps(content, indent=2) + "\n", "DIR")
+    licence = f"---\nlicense: {get('general.license')}\n---\nSmolLM2-135M-Instruct, out of {source.name}.\n"
+    run.write_text(temporary / "README.md", licence, "DIR")
     with run.touching(target, "DIR"):
         temporary.rename(target)
     size = sum(weight.numel() for weight in weights.values()) / 1e6

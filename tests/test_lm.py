@@ -253,6 +253,49 @@ def test_a_model_that_is_not_here_is_one_clear_sentence(tmp_path, monkeypatch):
         lm.LM.load(str(tmp_path))
 
 
+@pytest.mark.parametrize("what", ["bin", "adapter"])
+def test_the_line_that_converts_or_merges_does_so(tmp_path, words, what, monkeypatch):
+    policy = random_gpt2(words, dtype=torch.float32)
+    policy.save(tmp_path / "policy")
+    if what == "bin":
+        torch.save(policy.model.state_dict(), tmp_path / "policy" / "pytorch_model.bin")
+        (tmp_path / "policy" / "model.safetensors").unlink()
+        refused, words_in_it = tmp_path / "policy", "may run code when it is read"
+    else:
+        peft = pytest.importorskip("peft")
+        refused, words_in_it = tmp_path / "adapter", "holds a PEFT adapter"
+        adapted = peft.get_peft_model(
+            AutoModelForCausalLM.from_pretrained(tmp_path / "policy"), peft.LoraConfig(init_lora_weights=False))
+        adapted.save_pretrained(refused)
+        policy.tokenizer.save_pretrained(refused)
+    with pytest.raises(lm.Refused, match=words_in_it) as error:
+        lm.LM.load(str(refused))
+    monkeypatch.chdir(tmp_path)
+    exec(str(error.value).partition('python -c "')[2].rstrip('"'), {})
+    new = lm.LM.load("NEW")
+    same = torch.allclose(new.logps([[1, 2]], [[3, 4]]), policy.logps([[1, 2]], [[3, 4]]))
+    assert same == (what == "bin"), "an adapter changes the model"
+
+
+def test_a_copy_of_a_hub_model_loads_at_once_without_the_hub(tmp_path, words, monkeypatch):
+    copied = tmp_path / "models--some--model" / "snapshots" / "abc"
+    random_gpt2(words, dtype=torch.float32).save(copied)
+    (copied.parent.parent / "refs").mkdir()
+    (copied.parent.parent / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    asked = []
+
+    def no_hub(self, name, repo_type, timeout):
+        asked.append(timeout)
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(lm.HfApi, "repo_info", no_hub)
+    assert lm.LM.load("some/model").source == "some/model"
+    assert len(asked) == 1 and asked[0] <= 5, "the hub is asked once, and not for long"
+    with pytest.raises(lm.Refused, match="the hub did not give the model"):
+        lm.LM.load("some/other")
+
+
 def test_a_tokenizer_without_an_eos_is_refused(tmp_path, words):
     random_gpt2(words).save(tmp_path / "policy")
     PreTrainedTokenizerFast(tokenizer_object=words.backend_tokenizer).save_pretrained(tmp_path / "policy")

@@ -8,6 +8,7 @@ from argparse import Namespace
 
 import pytest
 import torch
+from chat_templates import chat_policy
 
 import data
 import dpo
@@ -24,9 +25,20 @@ if not all(map(importlib.util.find_spec, ("trl", "datasets", "accelerate"))):
 STEPS, BATCH, LONGEST = 20, 4, 24
 
 
-@pytest.fixture(scope="module", params=["gpt2", "llama"])
+@pytest.fixture(scope="module", params=["gpt2", "llama", "chat"])
 def directory(request, tmp_path_factory):
-    """A model directory, and beside it pairs.jsonl with 24 pairs of the world: two responses to each prompt."""
+    """A model directory, and beside it pairs.jsonl: 24 prompts of the world, or messages, with two responses each.
+
+    The messages are those of Llama 3's template. TRL also trains on what a template writes behind the end of a turn,
+    such as ChatML's line break; here there is nothing.
+    """
+    if request.param == "chat":
+        directory = tmp_path_factory.mktemp(request.param) / "model"
+        chat_policy("llama3").save(directory)
+        run.write_rows(directory.with_name("pairs.jsonl"), [
+            {"prompt": says(f"Is {i} even?"), "chosen": says("Yes." if i % 2 == 0 else "No, it is odd.", "assistant"),
+             "rejected": says(f"Of {i}, who knows?", "assistant")} for i in range(24)])
+        return directory
     corpus = world.sft_corpus(2000)
     tokenizer = lm.word_tokenizer([text for pair in corpus for text in pair])
     directory = tmp_path_factory.mktemp(request.param) / "model"
@@ -35,6 +47,10 @@ def directory(request, tmp_path_factory):
              for (prompt, chosen), (_, rejected) in zip(corpus[:24], corpus[1000:])]
     run.write_rows(directory.with_name("pairs.jsonl"), pairs)
     return directory
+
+
+def says(text: str, role: str = "user") -> list[dict]:
+    return [{"role": role, "content": text}]
 
 
 def in_order(pairs, **changes) -> list:
@@ -103,6 +119,7 @@ def test_every_step_and_the_parameters_after_them_are_those_of_trl(directory, lo
     trl_policy, trl_rows, trl_steps = train_trl(directory, tmp_path / "trl", **theirs)
     assert rows == trl_rows, "the same token ids, with one EOS, in the same order"
     assert len(steps) == STEPS
+    print("first loss and gradient norm", steps[0].tolist(), trl_steps[0].tolist())
     assert torch.allclose(steps[0], trl_steps[0], rtol=1e-5, atol=0)
     assert torch.allclose(steps, trl_steps, rtol=1e-3, atol=0)
 
