@@ -124,6 +124,8 @@ def judge_named(name: str, device: str, where: str = "--judge") -> world.Judge |
 def load_policy(args, path: str) -> LM:
     """The model in `path`, ready to be trained as the flags of the machine say."""
     kind = LM if args.plain else fast.FastLM  # the one place that chooses
+    if args.model != "tiny":
+        print(f"loading {path}")
     made_here = "" if path == args.model else f", of which {path} is a copy made here (if it is " \
         "damaged, delete it: it will be made again)"
     with to_user(f"--model {args.model}{made_here}"):
@@ -351,7 +353,7 @@ def report(args, policy: LM, n_rows: int, rows: list, left_out: Counter, lengths
           f"Responses: {len(ended) - sum(ended)} of {len(ended)} are cut at --max-new-tokens {n}, "
           f"{sum(ended) / len(ended):.1%} end with their EOS; {tokens} of {sum(lengths)} tokens are used")
     spelled = {token for pair, _ in rows for text in (text_of(pair.prompt), pair.chosen, pair.rejected)
-               for token in policy.special.findall(text)}
+               for token in policy.chat.special.findall(text)}
     if spelled:
         print(f"The texts spell out {', '.join(sorted(spelled))}: there it is text, and no special token. "
               "A chat template writes special tokens around messages: give a list of them")

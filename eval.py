@@ -24,7 +24,7 @@ import torch
 
 import run
 from judges import load_judge
-from lm import LM, Prompt, Refused, card_of, text_of
+from lm import LM, Prompt, Refused, card_of, message, progress, text_of
 from rows import prompt_ids, prompt_of, read_objects
 from run import UserError
 
@@ -55,7 +55,8 @@ def wilson_interval(wins: float, n: int, z: float = 1.96) -> tuple[float, float]
 def implicit_reward_metrics(policy: LM, pairs) -> dict:
     """How the implicit reward, proportional to log pi / pi_ref, sees held-out labelled pairs."""
     n = policy.batch_size
-    batches = [policy.logratios(pairs[i:i + n]) for i in range(0, len(pairs), n)]
+    batches = [policy.logratios(pairs[i:i + n])
+               for i in progress(range(0, len(pairs), n), "held-out pairs", "batches")]
     chosen, rejected = (torch.cat(side) for side in zip(*batches))  # (N,), (N,)
     correct = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()  # 1/2 at step 0
     return {"accuracy": correct.mean().item(), "chosen_logratio": chosen.mean().item(),
@@ -369,7 +370,7 @@ def readable(row: dict, where: str, start, max_new_tokens: int) -> Prompt:
     """The row's prompt; a text is a user's turn if the run's own prompts are conversations."""
     prompt = prompt_of(row, where)
     if isinstance(prompt, str) and isinstance(start.held_out_prompts[0], list):
-        prompt = [{"role": "user", "content": prompt}]
+        prompt = [message("user", prompt)]
     prompt_ids(start.ref, prompt, where, max_new_tokens)
     return prompt
 

@@ -65,7 +65,7 @@ def reward_model_rewards(scorer: Scorer):
             prompt = text_of(prompt)
         ids = scorer.encode_response(response, room - 1, prompt)
         if not isinstance(prompt, str) and not hasattr(config, "reward_center"):
-            ids = scorer.answer(response, prompt)[:room - 1]  # others read it where the template ends
+            ids = scorer.chat.answer(prompt, response)[:room - 1]  # others read it where the template ends
         return scorer.encode_prompt(prompt)[len(ids) - room:], ids
 
     def rewards_of(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:

@@ -33,6 +33,7 @@ import copy
 import functools
 import inspect
 import itertools
+import json
 import math
 import os
 import random
@@ -80,11 +81,16 @@ class Refused(ValueError):
     """A model or a judge that cannot be used, and why. data.py tells the user, with the flag."""
 
 
+def message(role: str, content: str) -> Message:
+    """One turn of a conversation."""
+    return {"role": role, "content": content}
+
+
 def text_of(prompt: Prompt) -> str:
     """A prompt to read or to sort by: of a conversation, who said what."""
     if isinstance(prompt, str):
         return prompt
-    turns = [f"{message['role'].capitalize()}: {message['content']}" for message in prompt]
+    turns = [f"{turn['role'].capitalize()}: {turn['content']}" for turn in prompt]
     return "\n\n".join([*turns, "Assistant: "])
 
 
@@ -184,27 +190,25 @@ class Network(torch.nn.Module):
         self.batch_size = batch_size  # pairs in a pass without a gradient: as many as in a step
         self.source = source  # the directory or hub name that it was loaded from
         self.dtype = torch.float32  # in which it is saved
-        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-        names = sorted({*special, *tokenizer.all_special_tokens}, key=len, reverse=True)
-        self.special = re.compile("|".join(map(re.escape, names)) or "(?!)")  # as somebody spells it
-        self.eos_id: int = self.end_of_turn() or tokenizer.eos_token_id  # which encoding writes
-        # all at which a response ends: also those of generation_config, as `generate` would
-        listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-        added = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-        self.end_ids = {self.eos_id, tokenizer.eos_token_id} - {None} | added.intersection(
-            listed if isinstance(listed, list) else [listed])
-        self.register_buffer("ends", torch.tensor(sorted(self.end_ids)), persistent=False)
-        self.opening = functools.lru_cache(4096)(self.opening_of)
-        config = getattr(model.config, "text_config", None) or model.config  # of one that also sees
-        self.context_length: int = getattr(config, "max_position_embeddings", None) or 10**9
-        rope = getattr(config, "rope_parameters", None) or {}
-        if rope.get("rope_type") in ("longrope", "dynamic"):  # beyond, the batch's longest row decides
-            self.context_length = rope.get("original_max_position_embeddings", self.context_length)
         # Llama 2 and Mistral put a space before every text. A response is no start of a text: it is
         # encoded and decoded behind a line break, which is then taken off.
         encode = functools.partial(tokenizer.encode, add_special_tokens=False)
         line = encode("\n")
         self.lead: Ids = line if encode("\na")[len(line):] != encode("a") else []
+        self.chat = Chat(tokenizer, self.continued)
+        end_of_turn = self.chat.end_of_turn()  # of a chat model, often another token than its EOS
+        self.eos_id: int = tokenizer.eos_token_id if end_of_turn is None else end_of_turn
+        # all at which a response ends: also at those of generation_config, as in `generate`
+        listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        added = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+        self.end_ids = {self.eos_id, tokenizer.eos_token_id} - {None} | added.intersection(
+            listed if isinstance(listed, list) else [listed])
+        self.register_buffer("ends", torch.tensor(sorted(self.end_ids)), persistent=False)
+        config = getattr(model.config, "text_config", None) or model.config  # of one that also sees
+        self.context_length: int = getattr(config, "max_position_embeddings", None) or 10**9
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type") in ("longrope", "dynamic"):  # beyond, the batch's longest row decides
+            self.context_length = rope.get("original_max_position_embeddings", self.context_length)
         # what this model calls its argument for earlier keys and values, or for a recurrent state
         names = [name for name in ("past_key_values", "cache", "cache_params")
                  if name in inspect.signature(model.forward).parameters]
@@ -225,7 +229,7 @@ class Network(torch.nn.Module):
         Refused: a conversation that the chat template does not write out whole.
         """
         if not isinstance(prompt, str):
-            return self.opening(tuple((message["role"], message["content"]) for message in prompt))[0]
+            return self.chat.opening(prompt)[0]
         # no template, no EOS; who spells out a special token means the text
         ids = self.tokenizer.encode(prompt, add_special_tokens=False, split_special_tokens=True)
         bos = self.tokenizer.bos_token_id
@@ -238,9 +242,10 @@ class Network(torch.nn.Module):
 
         prompt: what it answers; after a conversation, the chat template writes out the answer.
         """
-        ids = self.answer(text, prompt)
-        if not isinstance(prompt, str):
-            ids = self.up_to_end(ids)
+        if isinstance(prompt, str):
+            ids = self.continued(text, split_special_tokens=True)
+        else:
+            ids = self.up_to_end(self.chat.answer(prompt, text))
         return (ids if self.ended(ids) else [*ids, self.eos_id])[:max_new_tokens]
 
     def continued(self, text: str, **how) -> Ids:
@@ -263,72 +268,6 @@ class Network(torch.nn.Module):
     def ended(self, ids: Ids) -> bool:
         """Whether the response has its end, and was not cut."""
         return bool(ids) and ids[-1] in self.end_ids
-
-    # a conversation, as the chat template writes it
-
-    def end_of_turn(self) -> int | None:
-        """The token with which the chat template ends an answer; None if there is none."""
-        try:
-            after = self.chat([("user", PROBE), ("assistant", PROBE)]).rpartition(PROBE)[2]
-        except Refused:
-            return None
-        ids = self.tokenizer.encode(after, add_special_tokens=False)
-        return next((token for token in ids if token in self.tokenizer.added_tokens_decoder), None)
-
-    def chat(self, turns, **how) -> str:
-        """The chat template's text of (role, content) turns. It has BREAK in spelled special tokens."""
-        if not self.tokenizer.chat_template:
-            raise Refused("messages need a chat template, but this tokenizer has none; use a chat model, "
-                          "or give prompt and responses as strings")
-        messages = [{"role": role, "content": self.special.sub(
-            lambda found: found[0][0] + BREAK + found[0][1:], content)} for role, content in turns]
-        try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, **how)
-        except Exception as error:  # templates refuse what they do not like, in ways of their own
-            raise Refused(f"the chat template refuses these messages: {error!s:.200}") from None
-
-    def chat_ids(self, text: str) -> Ids:
-        """The token ids of what `chat` wrote."""
-        first, *rest = text.split(BREAK)
-        ids = self.tokenizer.encode(first, add_special_tokens=False)
-        return ids + [token for part in rest for token in self.continued(part)]
-
-    def opening_of(self, turns: tuple[tuple[str, str], ...]) -> tuple[Ids, str]:
-        """(token ids, text) of a conversation up to where the assistant's answer begins.
-
-        That is what the template asks for an answer with, and also writes before one that is given:
-        R1's asks with a "<think>" that it leaves out of answers.
-        """
-        shape = [(role, f"{PROBE}{i}.") for i, (role, _) in enumerate(turns)]
-        written = self.chat(shape, add_generation_prompt=True)
-        lost = [role for role, content in shape if content not in written]
-        asked = self.chat(turns, add_generation_prompt=True)
-        answered = self.chat([*turns, ("assistant", PROBE)])
-        opening = os.path.commonprefix([asked, answered])
-        if not lost and opening != asked and not opening.startswith(self.chat(turns)):
-            lost = ["system" if "system" in dict(turns) else "user"]
-        if lost or PROBE not in answered[len(opening):]:
-            raise Refused(f"the chat template leaves out or alters a turn of the {(lost or ['assistant'])[0]}"
-                          " in this conversation; put a system's text into the first turn of the user, "
-                          "leave the row out, or use a model whose template keeps it")
-        ids = zip(self.chat_ids(asked), self.chat_ids(answered))
-        return [a for a, _ in itertools.takewhile(lambda both: both[0] == both[1], ids)], opening
-
-    def answer(self, text: str, prompt: Prompt) -> Ids:
-        """Token ids of a response; after a conversation, with all that the template writes behind it."""
-        if isinstance(prompt, str):
-            return self.continued(text, split_special_tokens=True)
-        turns = tuple((message["role"], message["content"]) for message in prompt)
-        before, opening = self.opening(turns)
-        whole = self.chat([*turns, ("assistant", text)])
-        rest = whole[len(opening):]
-        said = [part.strip() for part in re.split("</?think>", text)]
-        if not whole.startswith(opening) or not all(part in rest.replace(BREAK, "") for part in said):
-            raise Refused("the chat template leaves out a part of this answer, such as its thoughts; "
-                          f"take it out of the data, too: {text!r:.60}")
-        ids = self.chat_ids(whole)
-        # in the other case the answer's first letters are one token with what is before
-        return ids[len(before):] if ids[:len(before)] == before else self.chat_ids(rest)
 
     def layers(self) -> torch.nn.ModuleList:
         """The transformer's layers, from the lowest up."""
@@ -548,6 +487,86 @@ class LM(Network):
         model = copy.deepcopy(self.model)
         return type(self)(model, self.tokenizer, self.micro_batch, self.batch_size,
                           self.source).requires_grad_(False)
+
+
+# ---- conversations
+
+class Chat:
+    """A tokenizer's chat template: it writes messages out, and so says where an answer begins and ends."""
+
+    def __init__(self, tokenizer, continued: Callable[[str], Ids]):
+        self.tokenizer = tokenizer
+        self.continued = continued  # token ids of a text that is no start
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        names = sorted({*special, *tokenizer.all_special_tokens}, key=len, reverse=True)
+        self.special = re.compile("|".join(map(re.escape, names)) or "(?!)")  # as somebody spells it
+        self.openings: dict[str, tuple[Ids, str]] = {}
+
+    def write(self, messages: Sequence[Message], **how) -> str:
+        """The template's text. A special token that somebody spells out has a BREAK in it, see ids."""
+        if not self.tokenizer.chat_template:
+            raise Refused("messages need a chat template, but this tokenizer has none; use a chat model, "
+                          "or give prompt and responses as strings")
+        plain = [message(turn["role"], self.special.sub(
+            lambda found: found[0][0] + BREAK + found[0][1:], turn["content"])) for turn in messages]
+        try:
+            return self.tokenizer.apply_chat_template(plain, tokenize=False, **how)
+        except Exception as error:  # templates refuse what they do not like, in ways of their own
+            raise Refused(f"the chat template refuses these messages: {error!s:.200}") from None
+
+    def ids(self, text: str) -> Ids:
+        """Token ids of what `write` gave; what is broken is read as plain text, part by part."""
+        first, *rest = text.split(BREAK)
+        ids = self.tokenizer.encode(first, add_special_tokens=False)
+        return ids + [token for part in rest for token in self.continued(part)]
+
+    def end_of_turn(self) -> int | None:
+        """The token that the template writes behind an answer; None if there is none."""
+        try:
+            text = self.write([message("user", PROBE), message("assistant", PROBE)])
+        except Refused:
+            return None
+        added = self.tokenizer.added_tokens_decoder
+        return next((token for token in self.ids(text.rpartition(PROBE)[2]) if token in added), None)
+
+    def opening(self, prompt: list[Message]) -> tuple[Ids, str]:
+        """(token ids, text) of a conversation up to where the assistant's answer begins.
+
+        It is what the template asks for an answer with, as far as it also writes it before an answer
+        that is given: R1's asks with a "<think>" that it leaves out of answers. Refused: a turn that
+        the template leaves out, or alters when an answer follows.
+        """
+        key = json.dumps(prompt)
+        if key not in self.openings:
+            probes = [message(turn["role"], f"{PROBE}{i}.") for i, turn in enumerate(prompt)]
+            written = self.write(probes, add_generation_prompt=True)
+            lost = [turn["role"] for turn in probes if turn["content"] not in written]
+            asked = self.write(prompt, add_generation_prompt=True)
+            answered = self.write([*prompt, message("assistant", PROBE)])
+            opening = os.path.commonprefix([asked, answered])
+            if opening != asked and not opening.startswith(self.write(prompt)):
+                lost += [prompt[0]["role"]]
+            if lost or PROBE not in answered[len(opening):]:
+                raise Refused(f"the chat template leaves out or alters a turn of the {(lost or ['assistant'])[0]} "
+                              "in this conversation; put a system's text into the first turn of the user, leave "
+                              "the row out, or use a model whose template keeps it")
+            both = zip(self.ids(asked), self.ids(answered))
+            ids = [a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both)]
+            self.openings[key] = ids, opening
+        return self.openings[key]
+
+    def answer(self, prompt: list[Message], text: str) -> Ids:
+        """Token ids of an answer, with all that the template writes behind it."""
+        before, opening = self.opening(prompt)
+        whole = self.write([*prompt, message("assistant", text)])
+        rest = whole[len(opening):]
+        said = [part.strip() for part in re.split("</?think>", text)]
+        if not whole.startswith(opening) or not all(part in rest.replace(BREAK, "") for part in said):
+            raise Refused("the chat template leaves out a part of this answer, such as its thoughts; "
+                          f"take it out of the data, too: {text!r:.60}")
+        ids = self.ids(whole)
+        # in the other case the answer's first letters are one token with what is before
+        return ids[len(before):] if ids[:len(before)] == before else self.ids(rest)
 
 
 # ---- models from outside

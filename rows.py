@@ -285,8 +285,8 @@ def pair_of(chat: bool, mark: str, repeated: bool, row: Row) -> Pair:
     prompt: Prompt
     if all(isinstance(side, str) for side in (row.prompt or "", row.chosen, row.rejected)):
         prompt, chosen, rejected = split_texts(row, mark, repeated)
-        turns = turns_of(prompt) or [{"role": "user", "content": prompt}] * row.asks
-        system = [{"role": "system", "content": row.system}] if row.system else []
+        turns = turns_of(prompt) or [lm.message("user", prompt)] * row.asks
+        system = [lm.message("system", row.system)] if row.system else []
         if chat and turns:
             prompt, chosen, rejected = system + turns, chosen.strip(), rejected.strip()
         elif row.system:
@@ -344,15 +344,15 @@ def turns_of(text: str) -> list[Message]:
 def conversation(row: Row, field: str) -> list[Message]:
     """All turns of one side: the prompt's, and those of the field that the prompt does not hold."""
     side, prompt = getattr(row, field), row.prompt or []
-    side = [{"role": "assistant", "content": side}] if isinstance(side, str) else side
+    side = [lm.message("assistant", side)] if isinstance(side, str) else side
     asked = [message["content"].strip() for message in side if message["role"] == "user"]
     if isinstance(prompt, str):
         if asked and prompt.strip() not in asked:
             raise BadRow(f"{row.where}: nobody says the field 'prompt' in '{field}', {prompt!r:.40}; drop one "
                          "of them", "unreadable")
-        prompt = [] if asked else [{"role": "user", "content": prompt}]
+        prompt = [] if asked else [lm.message("user", prompt)]
     if row.system and "system" not in [message["role"] for message in [*prompt, *side]]:
-        prompt = [{"role": "system", "content": row.system}, *prompt]
+        prompt = [lm.message("system", row.system), *prompt]
     n = next(n for n in range(len(prompt), -1, -1) if prompt[len(prompt) - n:] == side[:n])
     turns = [*prompt, *side[n:]]
     if prompt and not n and prompt[-1]["role"] == side[0]["role"]:
@@ -378,8 +378,9 @@ def token_ids(policy: LM, pair: Pair) -> tuple[Pair, Encoded]:
         chosen, rejected = (policy.encode_response(text, 10**9, pair.prompt) for text in pair[1:3])
     except lm.Refused as error:
         raise BadRow(f"{pair.where}: {error}", "not for this chat template") from None
-    for field, said in zip(FIELDS, pair):
-        check_words(policy, said, f"{pair.where}: field '{field}'")
+    for field, said, ids in zip(FIELDS, pair, (prompt, chosen, rejected)):
+        if policy.tokenizer.unk_token_id in ids:  # it may be the EOS, too
+            check_words(policy, said, f"{pair.where}: field '{field}'")
     return pair, Encoded(prompt, chosen, rejected)
 
 

@@ -202,7 +202,6 @@ def test_exactly_one_eos_at_the_end_unless_cut(words, limit):
     policy = random_gpt2(words)
     whole = policy.encode_response(" dull, and slow.", 99)
     assert whole.count(EOS) == 1 and whole[-1] == EOS
-    assert policy.encode_response(" dull, and slow.<eos>", 99) == whole
     cut = policy.encode_response(" dull, and slow.", limit)
     assert cut == whole[:limit] and (limit >= len(whole)) == (EOS in cut)
 
