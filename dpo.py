@@ -73,7 +73,7 @@ def online(start, args):
 
 
 def iterative(start, args):
-    """args.pairs fresh pairs at the first step of each round, used by all of its steps."""
+    """As many fresh pairs as there are offline at the first step of each round, for all of its steps."""
     round_steps = math.ceil(args.steps / args.rounds)
     pairs: list = []
 
@@ -83,7 +83,7 @@ def iterative(start, args):
         number, step_of_round = divmod(step.number - 1, round_steps)
         path = args.out / f"round-{number}.jsonl"
         if step_of_round == 0:
-            asked = [start.prompts[i % len(start.prompts)] for i in range(args.pairs)]
+            asked = [start.prompts[i % len(start.prompts)] for i in range(len(start.pairs))]
             pairs = online_pairs(start, asked, step.generator("round", number), args)
             data.write_pairs(path, pairs)
         elif not pairs:  # resumed inside a round, or the round had only ties
@@ -166,7 +166,7 @@ def main(argv=None, begin=data.start, source=None):
     add("--loss", choices=["dpo", "ipo", "bo2"], default="dpo", help="the loss (default dpo)")
     add("--sampling", choices=SOURCES, default="offline", help="where pairs come from: offline, "
         "collected once from pi_ref; online, two fresh samples for each prompt in every step, "
-        "labelled by --judge; iterative, --pairs fresh pairs at the start of each round (default "
+        "labelled by --judge; iterative, as many fresh pairs at the start of each round (default "
         "offline)")
     add("--rounds", type=run.COUNT, default=4, help="rounds of iterative training (default 4)")
     add("--length-average", action="store_true", help="IPO on log-ratios divided by the length")
