@@ -331,7 +331,8 @@ def pairs_of_file(args, policy: LM) -> list[tuple[list[Pair], list[Encoded]]]:
         parts.append(sift(functools.partial(token_ids, policy), pairs))
     rows = [row for part in parts for row in part]
     lengths = sorted(len(y) for _, ids in rows for y in ids[1:3])
-    room = policy.context_length - sorted(len(ids.prompt) for _, ids in rows)[99 * (len(rows) - 1) // 100]
+    prompts = sorted(len(ids.prompt) for _, ids in rows)
+    room = max(policy.context_length // 2, policy.context_length - prompts[99 * (len(rows) - 1) // 100])
     if args.max_new_tokens is None:  # the one argument that the data decide
         args.max_new_tokens = max(1, min(lengths[-1 - len(lengths) // 100], room))
     parts = [sift(functools.partial(cut, policy, args.max_new_tokens), part) for part in parts]
@@ -352,6 +353,10 @@ def report(args, policy: LM, n_rows: int, rows: list, left_out: Counter, lengths
     print(f"{args.data}: {n_rows} rows, {sum(left_out.values())} left out{why.replace(',', ':', 1)}. "
           f"Responses: {len(ended) - sum(ended)} of {len(ended)} are cut at --max-new-tokens {n}, "
           f"{sum(ended) / len(ended):.1%} end with their EOS; {tokens} of {sum(lengths)} tokens are used")
+    chats = sum(not isinstance(pair.prompt, str) for pair, _ in rows)
+    if policy.tokenizer.chat_template:
+        print(f"{chats} of {len(rows)} prompts are conversations, which the chat template writes out; the others "
+              "are texts as they are")
     spelled = {token for pair, _ in rows for text in (text_of(pair.prompt), pair.chosen, pair.rejected)
                for token in policy.chat.special.findall(text)}
     if spelled:

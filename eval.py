@@ -356,7 +356,7 @@ def measured_again(directory, samples: int | None, file: str | None) -> dict:
 
 def read_prompts(path: str) -> list[tuple[str, dict]]:
     """("file:line", {"prompt"}) of a JSONL file, or of the lines of any other."""
-    if path.endswith(".jsonl"):
+    if path.endswith((".json", ".jsonl", ".gz")):
         return read_objects(path, "--prompts")
     with run.touching(path, "--prompts"):
         lines = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from lm import Prompt, Refused, Scorer, progress, read_model, text_of
+from lm import Prompt, Refused, Scorer, message, progress, read_model, text_of
 from world import Judge, golden_judge
 
 
@@ -61,9 +61,11 @@ def reward_model_rewards(scorer: Scorer):
 
     def ids_of(prompt: Prompt, response: str) -> tuple[list[int], list[int]]:
         """(prompt, response). A prompt that is too long loses its start."""
-        if not scorer.tokenizer.chat_template:
+        try:
+            ids = scorer.encode_response(response, room - 1, prompt)
+        except Refused:  # its template cannot write this conversation, so it reads who says what
             prompt = text_of(prompt)
-        ids = scorer.encode_response(response, room - 1, prompt)
+            ids = scorer.encode_response(response, room - 1)
         if not isinstance(prompt, str) and not hasattr(config, "reward_center"):
             ids = scorer.chat.answer(prompt, response)[:room - 1]  # others read it where the template ends
         return scorer.encode_prompt(prompt)[len(ids) - room:], ids
@@ -86,10 +88,12 @@ def classifier_rewards(model, tokenizer):
 
     def text(prompt: Prompt, response: str) -> str:
         """Both; a conversation as the classifier's chat template has it, less the BOS, which comes later."""
-        if isinstance(prompt, str) or not tokenizer.chat_template:
+        if isinstance(prompt, str):
+            return prompt + response
+        try:
+            whole = tokenizer.apply_chat_template([*prompt, message("assistant", response)], tokenize=False)
+        except Exception:  # there is no template, or it cannot write this conversation
             return text_of(prompt) + response
-        whole = tokenizer.apply_chat_template(
-            [*prompt, {"role": "assistant", "content": response}], tokenize=False)
         return whole.removeprefix(tokenizer.bos_token or "")
 
     @torch.no_grad()

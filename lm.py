@@ -230,8 +230,7 @@ class Network(torch.nn.Module):
         """
         if not isinstance(prompt, str):
             return self.chat.opening(prompt)[0]
-        # no template, no EOS; who spells out a special token means the text
-        ids = self.tokenizer.encode(prompt, add_special_tokens=False, split_special_tokens=True)
+        ids = self.chat.ids(self.chat.broken(prompt))  # no template, no EOS
         bos = self.tokenizer.bos_token_id
         if bos is not None and self.tokenizer("a").input_ids[:1] == [bos]:
             ids = [bos, *ids]
@@ -243,22 +242,24 @@ class Network(torch.nn.Module):
         prompt: what it answers; after a conversation, the chat template writes out the answer.
         """
         if isinstance(prompt, str):
-            ids = self.continued(text, split_special_tokens=True)
+            ids = self.continued(*self.chat.broken(text).split(BREAK))
         else:
             ids = self.up_to_end(self.chat.answer(prompt, text))
         return (ids if self.ended(ids) else [*ids, self.eos_id])[:max_new_tokens]
 
-    def continued(self, text: str, **how) -> Ids:
-        """Token ids of a text that is no start."""
-        text = "\n" + text if self.lead else text
-        return self.tokenizer.encode(text, add_special_tokens=False, **how)[len(self.lead):]
+    def continued(self, *parts: str) -> Ids:
+        """Token ids of parts of a text of which none is its start."""
+        texts = ["\n" + part if self.lead else part for part in parts]
+        return [token for text in texts
+                for token in self.tokenizer.encode(text, add_special_tokens=False)[len(self.lead):]]
 
     def decode(self, ids: Ids) -> str:
         """The text of a response without the token that ends it, or of a prompt without its BOS."""
         ids = ids[ids[:1] == [self.tokenizer.bos_token_id]:]
         ids = ids[:-1] if self.ended(ids) else ids
         decode = functools.partial(self.tokenizer.decode, clean_up_tokenization_spaces=False)
-        return decode(self.lead + ids)[len(decode(self.lead)):]
+        text = decode(self.lead + ids)[len(decode(self.lead)):]
+        return text.removeprefix(self.chat.before_answer)  # such as an empty thought
 
     def up_to_end(self, ids: Ids) -> Ids:
         """A response without what follows its end."""
@@ -494,40 +495,50 @@ class LM(Network):
 class Chat:
     """A tokenizer's chat template: it writes messages out, and so says where an answer begins and ends."""
 
-    def __init__(self, tokenizer, continued: Callable[[str], Ids]):
+    def __init__(self, tokenizer, continued: Callable[..., Ids]):
         self.tokenizer = tokenizer
-        self.continued = continued  # token ids of a text that is no start
-        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-        names = sorted({*special, *tokenizer.all_special_tokens}, key=len, reverse=True)
-        self.special = re.compile("|".join(map(re.escape, names)) or "(?!)")  # as somebody spells it
+        self.continued = continued  # token ids of parts of a text that are no start
         self.openings: dict[str, tuple[Ids, str]] = {}
+        self.special = re.compile("(?!)")
+        self.before_answer, self.behind = "", ""  # what the template writes around an answer
+        for system in ([], [message("system", PROBE)]):  # some templates require one
+            with contextlib.suppress(Refused):
+                asked = [*system, message("user", PROBE)]
+                opening, whole = self.opening(asked)[1], self.write([*asked, message("assistant", PROBE)])
+                self.before_answer, _, self.behind = whole.removeprefix(opening).rpartition(PROBE)
+                break
+        else:
+            whole = ""
+        # tokens that stand for themselves wherever they are, less those of thoughts, which belong to a text
+        added = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
+        names = {*tokenizer.all_special_tokens, *(name for name, special in added.items()
+                 if special or name in whole and not re.fullmatch("</?think>", name))}
+        self.special = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+
+    def broken(self, text: str) -> str:
+        """The text, with a BREAK in each special token that it spells out: who writes one means the text."""
+        return self.special.sub(lambda found: found[0][0] + BREAK + found[0][1:], text)
 
     def write(self, messages: Sequence[Message], **how) -> str:
-        """The template's text. A special token that somebody spells out has a BREAK in it, see ids."""
+        """The template's text of messages."""
         if not self.tokenizer.chat_template:
             raise Refused("messages need a chat template, but this tokenizer has none; use a chat model, "
                           "or give prompt and responses as strings")
-        plain = [message(turn["role"], self.special.sub(
-            lambda found: found[0][0] + BREAK + found[0][1:], turn["content"])) for turn in messages]
+        plain = [message(turn["role"], self.broken(turn["content"])) for turn in messages]
         try:
             return self.tokenizer.apply_chat_template(plain, tokenize=False, **how)
         except Exception as error:  # templates refuse what they do not like, in ways of their own
             raise Refused(f"the chat template refuses these messages: {error!s:.200}") from None
 
     def ids(self, text: str) -> Ids:
-        """Token ids of what `write` gave; what is broken is read as plain text, part by part."""
+        """Token ids, part by part between BREAKs."""
         first, *rest = text.split(BREAK)
-        ids = self.tokenizer.encode(first, add_special_tokens=False)
-        return ids + [token for part in rest for token in self.continued(part)]
+        return self.tokenizer.encode(first, add_special_tokens=False) + self.continued(*rest)
 
     def end_of_turn(self) -> int | None:
         """The token that the template writes behind an answer; None if there is none."""
-        try:
-            text = self.write([message("user", PROBE), message("assistant", PROBE)])
-        except Refused:
-            return None
         added = self.tokenizer.added_tokens_decoder
-        return next((token for token in self.ids(text.rpartition(PROBE)[2]) if token in added), None)
+        return next((token for token in self.ids(self.behind) if token in added), None)
 
     def opening(self, prompt: list[Message]) -> tuple[Ids, str]:
         """(token ids, text) of a conversation up to where the assistant's answer begins.
@@ -562,8 +573,8 @@ class Chat:
         rest = whole[len(opening):]
         said = [part.strip() for part in re.split("</?think>", text)]
         if not whole.startswith(opening) or not all(part in rest.replace(BREAK, "") for part in said):
-            raise Refused("the chat template leaves out a part of this answer, such as its thoughts; "
-                          f"take it out of the data, too: {text!r:.60}")
+            raise Refused("the chat template leaves out or alters a part of this answer, such as its "
+                          f"thoughts; take that out of the data, too: {text!r:.60}")
         ids = self.ids(whole)
         # in the other case the answer's first letters are one token with what is before
         return ids[len(before):] if ids[:len(before)] == before else self.ids(rest)

@@ -8,6 +8,8 @@ response. So no turn is lost, and nothing that a user said is trained on.
 
 import functools
 import gzip
+import json
+import math
 import os
 import re
 import zlib
@@ -22,7 +24,7 @@ from lm import LM, Encoded, Ids, Message, Prompt, text_of
 from run import UserError
 
 FIELDS = ("prompt", "chosen", "rejected")
-# In what columns sets keep the prompt, the first that is there
+# In what columns sets keep the prompt, the first that holds something
 PROMPTS = ("prompt", "question", "instruction", "query", "input", "history", "context", "conversations")
 # and two answers; if they are not sorted, the column that says which is better, and below or above
 # which number the first is
@@ -34,15 +36,41 @@ ANSWERS = (
     ("answer_0", "answer_1", "score_0", 0, 1),  # WebGPT: a score of its own
     ("response1", "response2", "overall_preference", 0, -1),  # HelpSteer3: from -3 to 3
     ("response_1", "response_2", "preference_strength", 0, -1),  # HelpSteer2
-    ("conversation_a", "conversation_b", "winner", 0, -1))  # Chatbot Arena: model_a, model_b, tie
-WINNERS = {"model_a": -1, "model_b": 1}
-ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant",
-         "chatgpt": "assistant"}  # what others call them
-UNSAID = ("tool_calls", "function_call", "reasoning_content", "thinking", "images")  # beside the content
-TABLES = {".csv", ".tsv", ".parquet", ".arrow"}
-TURN = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")  # HH-RLHF's marks
-ASKS = re.compile(r"(?:^|\n)\s*(?:#+ *)?(?:human|user|question|instruction|q):", re.I)  # a user's turn
-MARK = re.compile(r"\[/INST\]|(?:^|\n)\s*(?:#+ *)?\w[\w ]{0,30}:")  # of any role, before what it says
+    ("conversation_a", "conversation_b", "winner", 0, -1))  # Chatbot Arena
+WINNERS = {"model_a": -1, "model_b": 1, "tie": 0, "tie (bothbad)": 0}
+ROLES = {**dict.fromkeys(["human", "prompter"], "user"),  # what others call them
+         **dict.fromkeys(["gpt", "ai", "bot", "model", "chatgpt"], "assistant")}
+UNSAID = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "images")
+BESIDE = ("tools", "image", "images")  # in a row: what is no text, and would be lost
+# How texts mark who speaks, the user and the assistant: words with a colon, or tags
+SPEAKERS = (("Human", "Assistant"), ("User", "Assistant"), ("USER", "ASSISTANT"), ("Instruction", "Response"),
+            ("Question", "Answer"), ("Q", "A"), ("<|user|>", "<|assistant|>"), ("<|prompter|>", "<|assistant|>"),
+            ("<human>:", "<bot>:"), ("<|im_start|>user", "<|im_start|>assistant"), ("[INST]", "[/INST]"),
+            ("<start_of_turn>user", "<start_of_turn>model"),
+            ("<|start_header_id|>user", "<|start_header_id|>assistant"))
+MARK = re.compile(r"(?:^|\n)\s*(?:#+ *)?\w[\w ]{0,30}:")  # any other, at the beginning of a line
+TABLES = {"csv": "csv", "tsv": "csv", "parquet": "parquet", "arrow": "arrow"}  # for the datasets library
+PACKED = ("zip", "zst", "xz", "bz2", "7z", "rar", "tar", "tgz")
+
+
+class Marks(NamedTuple):
+    """How a text marks who speaks."""
+    user: re.Pattern
+    assistant: re.Pattern
+    words: bool  # "Human:", and not a tag of a chat template
+
+
+def marks_of(user: str, assistant: str) -> Marks:
+    """From names such as "Human", and from tags."""
+    def pattern(name: str) -> re.Pattern:
+        """A word stands at the beginning of a line; in capitals, anywhere."""
+        if not name.isalpha():
+            return re.compile(re.escape(name) + r"(?:<\|end_header_id\|>)?\n*")
+        return re.compile(rf"\b{name}:" if len(name) > 1 and name.isupper() else rf"(?:^|\n)[ \t]*(?:#+ *)?{name}:")
+    return Marks(pattern(user), pattern(assistant), user.isalpha())
+
+
+ALL_MARKS = [marks_of(*names) for names in SPEAKERS]
 
 
 class Pair(NamedTuple):
@@ -109,12 +137,16 @@ def file_rows(path, flag: str = "--data") -> list[tuple[str, Any]]:
         content = Path(path).read_bytes()
         try:
             content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
-        except (EOFError, zlib.error) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{path} is a damaged .gz file ({error})") from None
-    if content.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
-        rows = [(f"{path}: row {i}", row) for i, row in enumerate(run.json_value(content, str(path)))]
-    else:
-        rows = run.numbered_lines(path, content)
+    rows = run.numbered_lines(path, content)
+    first = rows[0][1].lstrip(b"\xef\xbb\xbf \t\r") if rows else b""
+    if first[:1] == b"[" or first.strip() == b"{":  # no object a line, but one value in all
+        value = run.json_value(content, str(path))
+        lists = [value] if isinstance(value, list) else [x for x in value.values() if isinstance(x, list)]
+        if len(lists) != 1:
+            raise UserError(f"{path} is one JSON object and not a list of rows; give a row a line")
+        rows = [(f"{path}: row {i}", row) for i, row in enumerate(lists[0])]
     if not rows:
         raise UserError(f"{path}: no rows; each line must be one JSON object")
     return rows
@@ -148,16 +180,34 @@ def string(row: dict, field: str, where: str, may_be_empty: bool = False) -> str
 
 def sources(name: str) -> list[list[tuple[str, Any]]]:
     """The rows of --data: all in one list, or those to train on and those held out."""
-    path, parts = Path(name), [os.path.join(name, f"{part}.jsonl") for part in ("pairs", "held_out_pairs")]
-    if any(map(os.path.lexists, parts)):
-        return [*map(file_rows, parts)]
-    if os.path.isfile(name) and not TABLES & {*path.suffixes}:
-        return [file_rows(path)]
-    return [library_rows(name)]
+    parts = [sorted(Path(name).glob(f"{part}.*")) for part in ("pairs", "held_out_pairs") if os.path.isdir(name)]
+    if any(parts):
+        if [len(files) for files in parts] != [1, 1]:
+            raise UserError(f"--data {name}: a directory of pairs has one pairs.jsonl and one "
+                            f"held_out_pairs.jsonl; this has {[path.name for path in sum(parts, [])]}")
+        return [source(str(path)) for path, in parts]
+    return [source(name)]
+
+
+def kind_of(name: str) -> str:
+    """What a file's name says that it is: csv, jsonl, ..."""
+    return Path(name.lower().removesuffix(".gz")).suffix[1:]
+
+
+def source(name: str) -> list[tuple[str, Any]]:
+    """The rows of a file, a folder or a hub data set."""
+    if os.path.isfile(name) and kind_of(name) in PACKED:
+        raise UserError(f"--data {name}: unpack it first, or pack it as .gz")
+    if os.path.isfile(name) and kind_of(name) not in TABLES:
+        return file_rows(name)
+    rows = library_rows(name)
+    if not rows:
+        raise UserError(f"--data {name}: no rows")
+    return rows
 
 
 def library_rows(name: str) -> list[tuple[str, dict]]:
-    """Rows of a file, folder or hub data set, by the datasets library; NAME:SPLIT, or NAME:CONFIG:SPLIT."""
+    """By the datasets library; NAME:SPLIT, or NAME:CONFIG:SPLIT."""
     path, *parts = [name] if os.path.exists(name) else name.split(":")
     split, config = parts[-1] if parts else "train", parts[0] if parts[1:] else None
     try:
@@ -169,13 +219,18 @@ def library_rows(name: str) -> list[tuple[str, dict]]:
         raise UserError(f"--data {name}: {what}, run: pip install datasets") from None
     try:
         if os.path.isfile(path):
-            kind = next(suffix[1:] for suffix in Path(path).suffixes if suffix in TABLES)
+            if parts:
+                raise ValueError("a file has no splits")
+            kind = kind_of(path)
             csv: dict = dict(sep="\t" if kind == "tsv" else ",", keep_default_na=False)  # "None" is a word
-            rows = datasets.load_dataset("csv" if kind == "tsv" else kind, data_files=path, split="train",
-                                         **(csv if kind in ("csv", "tsv") else {}))
+            rows = datasets.load_dataset(TABLES[kind], data_files=path, split="train",
+                                         **(csv if TABLES[kind] == "csv" else {}))
         elif {"state.json", "dataset_dict.json"} & {*(os.listdir(path) if os.path.isdir(path) else [])}:
             rows = datasets.load_from_disk(path)
-            rows = rows[split] if isinstance(rows, datasets.DatasetDict) else rows
+            splits = [*rows] if isinstance(rows, datasets.DatasetDict) else []
+            if split not in splits and (splits or parts):
+                raise ValueError(f"its splits are {splits}, and {split} is none of them")
+            rows = rows[split] if splits else rows
         else:
             if not os.path.isdir(path) and not lm.hub_answers(path, "dataset"):  # or it would try for long
                 datasets.config.HF_HUB_OFFLINE = True
@@ -192,8 +247,7 @@ def library_rows(name: str) -> list[tuple[str, dict]]:
 def read_pairs_of(rows: list, sift: Sift, chat: bool) -> list[Pair]:
     """The pairs of a file's rows. chat: the model has a chat template."""
     read = sift(row_of, rows)
-    mark, repeated = what_rows_share(read)
-    return sift(functools.partial(pair_of, chat, mark, repeated), read)
+    return sift(functools.partial(pair_of, chat, what_rows_share(read)), read)
 
 
 def read_jsonl(path, chat: bool = False) -> list[Pair]:
@@ -209,32 +263,68 @@ def row_of(row: tuple[str, Any]) -> Row:
     here = [sum(name in content for name in layout[:2]) for layout in ANSWERS]
     first, second, label, middle, sign = ANSWERS[here.index(max(here)) if any(here) else 1]
     answers = {name: said(content, name, where) for name in (first, second)}
-    if label:
-        value = content.get(label)
-        value = WINNERS.get(value, 0) if isinstance(value, str) else value
-        if not isinstance(value, (int, float)) or value == middle:
-            raise BadRow(f"{where}: field '{label}' is {content.get(label)!r:.40}: neither answer is the "
-                         "better one", "ties")
-        if (value - middle) * sign < 0:
-            first, second = second, first
-    asked = [name for name in PROMPTS if content.get(name) is not None]
-    prompt = said(content, asked[0], where) if asked else None
-    more = content.get("input")
-    if asked[:1] == ["instruction"] and isinstance(more, str) and more:  # Alpaca's way to ask
-        prompt = f"{prompt}\n{more}"
+    if label and (number_of(content, label, where) - middle) * sign < 0:
+        first, second = second, first
+    lost = [name for name in BESIDE if content.get(name)]
+    if lost:
+        raise BadRow(f"{where}: field '{lost[0]}' is no text, and would be lost; drop it or the row", "more than text")
+    system = next((name for name in ("system", "system_prompt") if content.get(name)), "")
+    asked = [name for name in PROMPTS if content.get(name)] or [name for name in PROMPTS if content.get(name) == ""]
+    asks = first + second not in ("chosenrejected", "rejectedchosen") or "system" in content or (
+        asked[:1] not in ([], ["prompt"]))
+    whole = any(isinstance(side, list) and "user" in [turn["role"] for turn in side] for side in answers.values())
     others = {*content} - {first, second, label}
-    asks = first + second != "chosenrejected" or "system" in content or asked[:1] not in ([], ["prompt"])
-    system = string(content, "system", where, may_be_empty=True) if content.get("system") else ""
-    return Row(where, system, prompt, asks,
+    return Row(where, string(content, system, where) if system else "",
+               prompt_in(content, asked[:1] if whole else asked, where), asks,
                answers[first], answers[second], sorted(content),
                not any(isinstance(content[name], list) or " " in str(content[name]) for name in others))
 
 
+def number_of(row: dict, label: str, where: str) -> float:
+    """A label as a number. BadRow: it prefers neither answer, or is not known."""
+    value = row.get(label)
+    try:
+        number = WINNERS[str(value)] if label == "winner" else float(str(value))
+    except (KeyError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise BadRow(f"{where}: field '{label}' is {value!r:.40}, which does not say which answer is better",
+                     "unreadable")
+    if number == next(layout[3] for layout in ANSWERS if layout[2] == label):
+        raise BadRow(f"{where}: field '{label}' is {value!r:.40}: neither answer is the better one", "ties")
+    return number
+
+
+def prompt_in(row: dict, asked: list[str], where: str) -> Said | None:
+    """The prompt in the columns that hold one: two can be, as in Alpaca's form."""
+    found = {name: said(row, name, where) for name in asked}
+    prompt = found.pop(asked[0], None) if asked else None
+    if asked[:1] == ["instruction"] and isinstance(found.get("input"), str):
+        prompt = f"{prompt}\n{found.pop('input')}"
+    history = found.get("history")
+    if isinstance(history, list) and isinstance(prompt, str):  # earlier turns
+        prompt = [*history, lm.message("user", prompt)]
+        del found["history"]
+    more = [name for name, text in found.items() if text != prompt]
+    if more:
+        raise BadRow(f"{where}: fields '{asked[0]}' and '{more[0]}' both hold a prompt; write one", "unreadable")
+    return prompt
+
+
 def said(row: dict, field: str, where: str) -> Said:
-    """What a field says: a text, or messages."""
+    """What a field says: a text, or messages, also as JSON in a text, or as [question, answer]."""
     value = row.get(field)
     if isinstance(value, dict):  # one message, or a text with notes
         value = next((value[name] for name in ("full_text", "text") if name in value), [value])
+    if isinstance(value, str) and re.match(r"\s*\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:", value):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise BadRow(f"{where}: field '{field}' is a list of messages written as a text, and not as JSON; "
+                         "give a list", "unreadable") from None
+    if field == "history" and isinstance(value, list) and all(
+            isinstance(turn, list) and len(turn) == 2 for turn in value):
+        value = [lm.message(role, text) for turn in value for role, text in zip(("user", "assistant"), turn)]
     if isinstance(value, list):
         return messages_of(value, field, where)
     return string({**row, field: value} if field in row else row, field, where,
@@ -243,48 +333,62 @@ def said(row: dict, field: str, where: str) -> Said:
 
 def messages_of(value: list, field: str, where: str) -> list[Message]:
     """Messages with `role` and `content` alone. BadRow: what a template might leave out."""
-    if not value or not all(isinstance(message, dict) for message in value):
+    if not value or not all(isinstance(turn, dict) for turn in value):
         raise BadRow(f"{where}: field '{field}': expected messages, got {value!r:.60}", "unreadable")
     messages = []
-    for message in value:
-        beside = [name for name in UNSAID if message.get(name)]
-        content = message.get("content", message.get("value"))
+    for turn in value:
+        beside = [name for name in UNSAID if turn.get(name)]
+        content = next((turn[name] for name in ("content", "value", "text") if turn.get(name) is not None), None)
         if isinstance(content, list):  # parts
             texts = [part["text"] for part in content if isinstance(part, dict)
                      and part.get("type") == "text" and isinstance(part.get("text"), str)]
             beside += ["a part that is no text"] if len(texts) < len(content) else []
             content = "".join(texts)
         if beside:
-            raise BadRow(f"{where}: field '{field}' has a message with {beside[0]}; only what a "
-                         "message says in its content is read, so write it there or drop the row", "more than text")
-        plain = {"role": message.get("role", message.get("from")), "content": content}
-        role = string(plain, "role", f"{where}: field '{field}'")
-        messages.append({"role": ROLES.get(role, role), "content": string(
-            plain, "content", f"{where}: field '{field}'", may_be_empty=True)})
+            raise BadRow(f"{where}: field '{field}' has a message with {beside[0]}; only what a message says "
+                         "in its content is read, so write it there or drop the row", "more than text")
+        plain = {"role": turn.get("role") or turn.get("from") or turn.get("speaker"), "content": content}
+        role = string(plain, "role", f"{where}: field '{field}'").lower()
+        role = ROLES.get(role, role)
+        if role not in ("system", "developer", "user", "assistant", "tool"):
+            raise BadRow(f"{where}: field '{field}' has a turn of {role!r}; known are system, user, assistant "
+                         "and tool", "unreadable")
+        messages.append(lm.message(role, string(
+            plain, "content", f"{where}: field '{field}'", may_be_empty=True)))
     return messages
 
 
-def what_rows_share(rows: list[Row]) -> tuple[str, bool]:
-    """(the mark with which the last turn begins in nearly all rows, whether all repeat the prompt)."""
-    texts = [(row.prompt, row.chosen, row.rejected) for row in rows
+class Share(NamedTuple):
+    """What the texts of a file have in common."""
+    marks: Marks | None  # of who speaks
+    mark: str  # if that is not known: with what the last turn begins
+    repeated: bool  # the responses repeat the prompt
+
+
+def what_rows_share(rows: list[Row]) -> Share:
+    """Over the rows of texts: marks that most have, a prompt that nine of ten repeat."""
+    texts = [(row.prompt, os.path.commonprefix([row.chosen, row.rejected])) for row in rows
              if isinstance(row.chosen, str) and isinstance(row.rejected, str)]
-    both = [os.path.commonprefix([chosen, rejected]) for _, chosen, rejected in texts]
-    marks = [found[0] for found in MARK.finditer(both[0])][::-1] if both else []
-    mark = next((mark for mark in marks if sum(mark in text for text in both) > 0.9 * len(both)), "")
-    return mark, bool(texts) and all(
-        isinstance(prompt, str) and prompt.strip() and text.startswith(prompt)
-        for (prompt, _, _), text in zip(texts, both))
+    bare = [both for prompt, both in texts if prompt is None]
+    known = [tuple(sum(bool(who.search(both)) for both in bare) for who in (marks.assistant, marks.user))
+             for marks in ALL_MARKS]
+    last = Counter(found[-1][0] for both in bare if (found := [*MARK.finditer(both)]))
+    mark, n = (last.most_common(1) or [("", 0)])[0]
+    marks = ALL_MARKS[known.index(max(known))] if bare and max(known)[0] > len(bare) / 2 else None
+    return Share(marks, mark if n > len(bare) / 2 else "", sum(
+        isinstance(prompt, str) and bool(prompt.strip()) and both.startswith(prompt.rstrip())
+        for prompt, both in texts) > 0.9 * len(texts))
 
 
-def pair_of(chat: bool, mark: str, repeated: bool, row: Row) -> Pair:
+def pair_of(chat: bool, share: Share, row: Row) -> Pair:
     """The prompt that both sides share, and the two responses: what the assistant says last.
 
     Texts stay texts. If the model has a chat template, a dialogue becomes messages all the same:
-    HH-RLHF's turns, a question, or what comes with a system's text. mark, repeated: what_rows_share.
+    marked turns, a question, or what comes with a system's text.
     """
     prompt: Prompt
     if all(isinstance(side, str) for side in (row.prompt or "", row.chosen, row.rejected)):
-        prompt, chosen, rejected = split_texts(row, mark, repeated)
+        prompt, chosen, rejected = split_texts(row, share)
         turns = turns_of(prompt) or [lm.message("user", prompt)] * row.asks
         system = [lm.message("system", row.system)] if row.system else []
         if chat and turns:
@@ -305,25 +409,30 @@ def pair_of(chat: bool, mark: str, repeated: bool, row: Row) -> Pair:
     return Pair(prompt, chosen, rejected, row.where)
 
 
-def split_texts(row: Row, mark: str, repeated: bool) -> tuple[str, str, str]:
+def split_texts(row: Row, share: Share) -> tuple[str, str, str]:
     """(prompt, chosen, rejected) of a row without messages."""
-    texts = [str(row.chosen), str(row.rejected)]
+    texts, marks = [str(row.chosen), str(row.rejected)], share.marks
     if row.prompt is not None:
         prompt = str(row.prompt)
-        texts = [text[len(prompt):] for text in texts] if repeated else texts
-        if not turns_of(prompt):
+        if share.repeated:
+            texts = [text.removeprefix(prompt) if text.startswith(prompt) else text.removeprefix(prompt.rstrip())
+                     for text in texts]
+        marks = next((marks for marks in ALL_MARKS if marks.user.search(prompt)), None)
+        if not marks or not any(turn.search(text) for text in texts for turn in marks[:2]):
             return prompt, texts[0], texts[1]
-        texts, mark = [prompt + text for text in texts], "\n\nAssistant:"
-    if mark:
-        (before, found, chosen), (other, _, rejected) = (text.rpartition(mark) for text in texts)
-        if not found or before != other:
-            raise BadRow(f"{row.where}: fields 'chosen' and 'rejected' part before their last "
-                         f"{mark.strip()!r}, so they answer different prompts; drop the row",
-                         "turns that part early")
-        if ASKS.search(before) and ASKS.search(chosen + "\n" + rejected):
+        texts = [prompt + text for text in texts]  # the responses have turns of their own
+    if marks or share.mark:
+        pattern = marks.assistant if marks else re.compile(re.escape(share.mark))
+        ends = [[found.end() for found in pattern.finditer(text)][-1:] for text in texts]
+        before = {text[:end] for text, found in zip(texts, ends) for end in found}
+        if [] in ends or len(before) != 1:
+            raise BadRow(f"{row.where}: fields 'chosen' and 'rejected' part before their last answer begins, so "
+                         "they answer different prompts; drop the row", "turns that part early")
+        chosen, rejected = (text[end:] for text, [end] in zip(texts, ends))
+        if marks and (marks.user.search(chosen) or marks.user.search(rejected)):
             raise BadRow(f"{row.where}: fields 'chosen' and 'rejected' end with a turn of the user, which "
                          "answers nothing; drop that turn, or the row", "no answer")
-        return before + mark, chosen, rejected
+        return before.pop(), chosen, rejected
     both = os.path.commonprefix(texts)
     n = max(both.rfind(" "), both.rfind("\n"))  # not inside a word
     if n < 1 or not row.bare:
@@ -333,12 +442,16 @@ def split_texts(row: Row, mark: str, repeated: bool) -> tuple[str, str, str]:
 
 
 def turns_of(text: str) -> list[Message]:
-    """HH-RLHF's form of a dialogue as messages; [] if the text is no such dialogue."""
-    first, *parts = TURN.split(text)  # "", "Human", "Hello!", "Assistant", ""
-    if first.strip() or parts[-2:-1] != ["Assistant"] or parts[-1].strip():
-        return []
-    return [{"role": ROLES.get(who.lower(), who.lower()), "content": what.strip()}
-            for who, what in zip(parts[:-2:2], parts[1:-2:2])]
+    """A dialogue in one text as messages, such as HH-RLHF's; [] if the text is none."""
+    for marks in ALL_MARKS:
+        ends = [found.span() for found in marks.assistant.finditer(text)]
+        if marks.words and ends and not text[ends[-1][1]:].strip() and marks.user.search(text):
+            both = re.compile(f"({marks.user.pattern})|({marks.assistant.pattern})")
+            first, *parts = both.split(text)  # before the first turn; then mark, mark, what is said
+            turns = [lm.message("user" if user else "assistant", said.strip())
+                     for user, _, said in zip(parts[::3], parts[1::3], parts[2::3])]
+            return [lm.message("system", first.strip())] * bool(first.strip()) + turns[:-1]
+    return []
 
 
 def conversation(row: Row, field: str) -> list[Message]:
@@ -346,7 +459,9 @@ def conversation(row: Row, field: str) -> list[Message]:
     side, prompt = getattr(row, field), row.prompt or []
     side = [lm.message("assistant", side)] if isinstance(side, str) else side
     asked = [message["content"].strip() for message in side if message["role"] == "user"]
-    if isinstance(prompt, str):
+    if isinstance(prompt, str) and side[0]["role"] == "assistant":
+        prompt = turns_of(prompt) or [lm.message("user", prompt)]
+    elif isinstance(prompt, str):
         if asked and prompt.strip() not in asked:
             raise BadRow(f"{row.where}: nobody says the field 'prompt' in '{field}', {prompt!r:.40}; drop one "
                          "of them", "unreadable")
@@ -389,6 +504,9 @@ def cut(policy: LM, max_new_tokens: int, row: tuple[Pair, Encoded]) -> tuple[Pai
     pair, ids = row
     refuse_long(policy, pair.prompt, ids.prompt, pair.where, max_new_tokens)
     chosen, rejected = ids.chosen[:max_new_tokens], ids.rejected[:max_new_tokens]
+    if ids.chosen == ids.rejected:
+        raise BadRow(f"{pair.where}: fields 'chosen' and 'rejected' are the same tokens to this model; "
+                     "drop the row", "equal")
     if chosen == rejected:
         raise BadRow(f"{pair.where}: fields 'chosen' and 'rejected' are the same in their first "
                      f"{max_new_tokens} tokens; raise --max-new-tokens or drop it", "equal when cut")

@@ -280,7 +280,7 @@ def test_human_pairs_agree_with_the_ratings(ratings):
     texts = [row[side] for row in held_out + train for side in ("chosen", "rejected")]
     assert len(held_out) == 30 and len(train) > 60 and len(set(texts)) == len(texts) and set(texts) <= set(rated)
     for row in held_out + train:
-        assert rows.pair_of(False, "", False, rows.row_of(("here", row))).prompt == ""
+        assert rows.pair_of(False, rows.Share(None, "", False), rows.row_of(("here", row))).prompt == ""
         a, b = rated[row["chosen"]], rated[row["rejected"]]
         shares = [(x > y) + 0.5 * (x == y) for x, y in itertools.product(a, b)]
         assert row["share"] == pytest.approx(sum(shares) / len(shares), abs=1e-4)

@@ -1,5 +1,6 @@
 """Laws of rows.py and of chat templates: every public form of a preference becomes the right tokens, or is refused."""
 
+import copy
 import gzip
 import json
 import os
@@ -176,7 +177,7 @@ def test_thoughts_of_an_answer_are_trained_on_or_refused(template, answer, ok):
         said = policy.decode(policy.encode_response(answer, 999, prompt))
         assert said == "<think>\nEggs boil at 100 C.\n</think>\n\nSix minutes."
     else:
-        with pytest.raises(Refused, match="leaves out a part of this answer, such as its thoughts"):
+        with pytest.raises(Refused, match="leaves out or alters a part of this answer, such as its th"):
             policy.encode_response(answer, 999, prompt)
 
 
@@ -202,6 +203,41 @@ def test_messages_need_a_chat_template(words):
     row = {"prompt": says("Hello!"), "chosen": "Hi.", "rejected": "No."}
     with pytest.raises(UserError, match="0: messages need a chat template"):
         rows.encode(words, [*read([row]).values()], 9)
+
+
+@law
+def test_a_turn_may_end_with_a_token_that_is_not_called_special():
+    policy = chat_policy("chatml")
+    for token in policy.tokenizer.added_tokens_decoder.values():
+        token.special = False
+    policy.tokenizer.add_special_tokens({"additional_special_tokens": []})
+    plain = lm.Chat(policy.tokenizer, policy.continued)
+    end = policy.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert plain.end_of_turn() == end == policy.eos_id
+    assert end not in plain.ids(plain.broken("A turn ends with <|im_end|>."))
+
+
+@law
+@pytest.mark.parametrize("template, ends", [
+    ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m.content %}{{ part.text }}{% endfor %}<|im_end|>"
+     "{% endfor %}", "<|endoftext|>"),  # for parts alone: our texts are not written at all
+    ("{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}{% for m in messages %}"
+     "{{ m.content }}<|im_end|>{% endfor %}", "<|im_end|>")])
+def test_templates_of_other_ways(template, ends):
+    tokenizer = copy.deepcopy(chat_tokenizer("chatml"))
+    tokenizer.chat_template = template
+    chat = lm.Chat(tokenizer, chat_policy("chatml").continued)
+    end = chat.end_of_turn()
+    assert (tokenizer.eos_token if end is None else tokenizer.convert_ids_to_tokens(end)) == ends
+
+
+@law
+def test_a_judge_whose_template_refuses_reads_who_says_what():
+    scorer = lm.Scorer.of(chat_policy("gemma", seed=2))
+    torch.nn.init.normal_(scorer.model.score.weight)
+    prompt = [{"role": "system", "content": "Be brief."}, *says("Hello!")]
+    rewards = judges.reward_model_rewards(scorer)([prompt, lm.text_of(prompt)], ["Hi.", "Hi."])
+    assert rewards[0] == pytest.approx(rewards[1]) and rewards[0] != 0
 
 
 @law
@@ -270,6 +306,36 @@ def test_a_prompt_that_only_some_rows_repeat_belongs_to_the_response():
     assert [pair.chosen for pair in read(file[:1], chat=False).values()] == [" think so."]
 
 
+@law
+@pytest.mark.parametrize("user, assistant", rows.SPEAKERS)
+@pytest.mark.parametrize("apart", ["\n", " "])
+def test_who_speaks_is_known_by_words_and_by_tags(user, assistant, apart):
+    a, b = (f"{apart}{name}:" if name.isalpha() else f"{apart}{name}" for name in (user, assistant))
+    if apart == " " and user.isalpha() and user != "USER":
+        return  # in a line, "Human:" may be anything
+    file = [{"chosen": f"{a} one{b} two{a} {i}?{b} It is odd", "rejected": f"{a} one{b} two{a} {i}?{b} It is even"}
+            for i in range(3)]
+    odd = {"chosen": f"{a} red?{b} a b", "rejected": f"{a} blue?{b} a c"}  # the sides answer different prompts
+    pairs = read([odd, *file], skip=True)
+    assert sorted(pairs) == [1, 2, 3], "the first row does not decide for the others"
+    assert [pair[1:3] for pair in read(file, chat=False).values()] == [(" It is odd", " It is even")] * 3
+    if user.isalpha():
+        assert [pair.prompt for pair in pairs.values()] == [says("one", "two", f"{i}?") for i in range(3)]
+    else:
+        assert [pair.prompt for pair in pairs.values()] == [f"{a} one{b} two{a} {i}?{b}" for i in range(3)]
+
+
+def test_labels_written_as_texts_are_numbers():
+    row = {"history": "a", "human_ref_A": "b", "human_ref_B": "c"}
+    assert "".join(read([{**row, "labels": label}])[0].chosen for label in (1, "1", 0, "0", "0.0")) == "bbccc"
+
+
+def test_a_prompt_that_nearly_all_rows_repeat_is_taken_off():
+    file = [{"prompt": f"Say {i}: ", "chosen": f"Say {i}: so", "rejected": f"Say {i}: no"} for i in range(19)]
+    pairs = read([*file, {"prompt": "x", "chosen": "y", "rejected": "z"}], chat=False)
+    assert [pair[1:3] for pair in pairs.values()] == [("so", "no")] * 19 + [("y", "z")]
+
+
 # ---------------------------------------------------------------------------------------------------
 # messages
 
@@ -286,13 +352,23 @@ WHOLE = [*TALK["prompt"], *TALK["chosen"]], [*TALK["prompt"], *TALK["rejected"]]
     {"prompt": TALK["prompt"][:1], "chosen": WHOLE[0][1:], "rejected": WHOLE[1][1:]},
     {"prompt": "Was it good?", "system": "Be brief.", "chosen": WHOLE[0][1:], "rejected": WHOLE[1][1:]},
     {"prompt": "Was it good?", "chosen": WHOLE[0], "rejected": WHOLE[1]},
-    {**TALK, "chosen": "Superb.", "rejected": "Dull, I fear."}, {**TALK, "chosen": TALK["chosen"][0]},
+    {**TALK, "chosen": "Superb.", "rejected": "Dull, I fear."},
+    {**TALK, "chosen": TALK["chosen"][0]},
+    {name: json.dumps(value) for name, value in TALK.items()},  # as in CSV
+    {**TALK, "prompt": "\n\nHuman: Was it good?\n\nAssistant:", "system_prompt": "Be brief."},
+    {**TALK, "chosen": [{"role": "Assistant", "content": "Superb."}]},
     {**TALK, "chosen": [dict(role="assistant", content=[dict(type="text", text=text) for text in ("Sup", "erb.")])]},
     {**TALK, "chosen": [{"from": "gpt", "value": "Superb."}]},
     {**TALK, "chosen": [{**TALK["chosen"][0], "tool_calls": None}]},
 ], ids=str)
 def test_however_a_conversation_is_given_it_is_the_same(row):
     assert read([row])[0][:3] == (TALK["prompt"], "Superb.", "Dull, I fear.")
+
+
+@law
+def test_earlier_turns_in_a_column_of_their_own_belong_to_the_prompt():
+    row = {"instruction": "And now?", "history": [["Hello!", "Hi."]], "chosen": "Go.", "rejected": "Stay."}
+    assert read([row])[0][:3] == (says("Hello!", "Hi.", "And now?"), "Go.", "Stay.")
 
 
 @law
@@ -304,7 +380,10 @@ def test_earlier_turns_of_the_assistant_belong_to_the_prompt():
 
 @pytest.mark.parametrize("change, complaint", [
     ({"chosen": ["Superb."]}, "field 'chosen': expected messages, got"),
-    ({"prompt": []}, "field 'prompt': expected messages, got"),
+    ({"prompt": [], "chosen": []}, "field 'chosen': expected messages, got"),
+    ({"chosen": [{"role": "observation", "content": "22 C"}]}, "has a turn of 'observation'"),
+    ({"chosen": "[{'role': 'assistant', 'content': 'Superb.'}]"}, "messages written as a text, and not as JSON"),
+    ({"images": ["a.png"]}, "field 'images' is no text, and would be lost"),
     ({"rejected": [{"role": "assistant"}]}, "field 'rejected': field 'content' must be a string"),
     ({"prompt": [{"content": "Superb."}]}, "field 'prompt': field 'role' must be a string"),
     ({"chosen": [{"role": 1, "content": "Superb."}]}, "field 'role' must be a string"),
@@ -328,10 +407,17 @@ def test_a_bad_conversation_is_named(change, complaint):
 def test_no_users_turn_is_trained_on():
     for file in ({"prompt": "\n\nHuman: a\n\nAssistant:", "chosen": " b\n\nHuman: c", "rejected": " d"},
                  {"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c", "rejected": "\n\nHuman: a\n\nAssistant: d"}):
-        with pytest.raises(UserError, match="end with a turn of the user"):
-            read([file])
-    with pytest.raises(UserError, match="part before their last 'Assistant:'"):
-        read([{"prompt": "\n\nHuman: a\n\nAssistant:", "chosen": " b\n\nHuman: c\n\nAssistant: d", "rejected": " e"}])
+        for chat in (True, False):
+            with pytest.raises(UserError, match="end with a turn of the user|part before their last answer"):
+                read([file], chat)
+    for user, assistant in rows.SPEAKERS:
+        a, b = (f"\n{name}:" if name.isalpha() else f"\n{name}" for name in (user, assistant))
+        with pytest.raises(UserError, match="part before their last answer begins"):
+            read([{"prompt": f"{a} a{b}", "chosen": f" b{a} c{b} d", "rejected": " e"}])
+        with pytest.raises(UserError, match="end with a turn of the user|part before their last answer"):
+            read([{"prompt": f"{a} a{b}", "chosen": f" b{a} c", "rejected": f" e{a} f"}])
+    honest = {"prompt": "\n\nHuman: a\n\nAssistant:", "chosen": " Sure:\nQuestion: 2 + 2?", "rejected": " No."}
+    assert read([honest])[0].chosen == "Sure:\nQuestion: 2 + 2?"
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -353,7 +439,10 @@ def test_no_users_turn_is_trained_on():
     ({**GOOD, "chosen": ""}, "field 'chosen' is empty"),
     ({**GOOD, "rejected": " \n\t"}, "field 'rejected' is empty"),
     ({**GOOD, "chosen": GOOD["rejected"]}, "fields 'chosen' and 'rejected' are the same"),
-    ({"prompt": "a", "response_0": "b", "response_1": "c"}, "field 'better_response_id' is None: neither answer"),
+    *(({"prompt": "a", "response_0": "b", "response_1": "c", "better_response_id": label},
+       f"is {label!r}, which does not") for label in (None, "", "B", float("nan"))),
+    ({"prompt": "a", "conversation_a": "b", "conversation_b": "c", "winner": 1}, "is 1, which does not say"),
+    ({"question": "a", "context": "d", "chosen": "b", "rejected": "c"}, "'question' and 'context' both hold a prompt"),
     ({**GOOD, "chosen": " \ud83d"}, "field 'chosen' has half a character"),
 ])
 def test_a_bad_row_is_named_by_file_line_and_field(tmp_path, bad, complaint):
@@ -464,6 +553,14 @@ def test_what_is_lost_is_counted_and_said(tmp_path, capsys):
         load(write_lines(tmp_path / "bad.jsonl", *bad), policy, skip=True)
 
 
+@law
+def test_long_prompts_do_not_shorten_all_responses(tmp_path):
+    policy, file = chat_policy("llama3"), [{**GOOD, "prompt": f"prompt {i}"} for i in range(90)]
+    path = write_lines(tmp_path / "pairs.jsonl", *file, *[{**GOOD, "prompt": f"{i} long " * 400} for i in range(10)])
+    train, held_out, args = load(path, policy, skip=True)
+    assert len(train) + len(held_out) == 90 and args.max_new_tokens == len(" superb.") + 1
+
+
 def test_text_that_spells_special_tokens_is_reported(tmp_path, capsys):
     path = write_lines(tmp_path / "pairs.jsonl", GOOD, {**GOOD, "prompt": "<|im_start|>user", "chosen": " <|im_end|>!"})
     load(path, chat_policy("chatml"))
@@ -486,10 +583,30 @@ def test_a_file_of_json_is_read(tmp_path, name, content):
     assert [rows.as_object(*row) for row in found] == MANY and name in found[0][0]
 
 
-def test_half_a_gz_file_is_refused(tmp_path):
-    (tmp_path / "pairs.jsonl.gz").write_bytes(gzip.compress(json.dumps(MANY).encode())[:40])
-    with pytest.raises(UserError, match="pairs.jsonl.gz is a damaged .gz file"):
-        rows.sources(str(tmp_path / "pairs.jsonl.gz"))
+@pytest.mark.parametrize("name, content, says", [
+    ("pairs.jsonl.gz", gzip.compress(json.dumps(MANY).encode())[:40], "is a damaged .gz file"),
+    ("pairs.jsonl.gz", gzip.compress(json.dumps(MANY).encode())[:-4] + b"\0\0\0\0", "is a damaged .gz file"),
+    ("pairs.jsonl.zst", b"(\xb5/\xfd", "unpack it first"), ("pairs.ZIP", b"PK", "unpack it first"),
+    ("pairs.json", json.dumps({"a": 1}, indent=1).encode(), "is one JSON object and not a list of rows")])
+def test_other_files_are_refused_by_name(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name}:? {says}"):
+        rows.sources(str(tmp_path / name))
+
+
+def test_a_list_in_an_object_is_the_rows(tmp_path):
+    (tmp_path / "pairs.json").write_text(json.dumps({"version": 1, "data": MANY}, indent=1))
+    (found,) = rows.sources(str(tmp_path / "pairs.json"))
+    assert [row for _, row in found] == MANY
+
+
+def test_pairs_and_held_out_pairs_are_never_mixed(tmp_path):
+    for name, part in (("pairs", MANY), ("held_out_pairs", MANY[:1])):
+        (tmp_path / f"{name}.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, part)).encode()))
+    assert [len(part) for part in rows.sources(str(tmp_path))] == [5, 1]
+    (tmp_path / "held_out_pairs.json").write_text("[]")
+    with pytest.raises(UserError, match="a directory of pairs has one pairs.jsonl and one held_out_pairs.jsonl"):
+        rows.sources(str(tmp_path))
 
 
 @pytest.mark.parametrize("source", ["pairs.csv", "pairs.tsv", "pairs.csv.gz", "pairs.parquet", "saved",
