@@ -571,12 +571,13 @@ def test_text_that_spells_special_tokens_is_reported(tmp_path, capsys):
 # other sources
 
 MANY = [{**GOOD, "prompt": f"prompt {i}"} for i in range(4)] + [{**GOOD, "chosen": " None", "rejected": " NA"}]
+GZIPPED = gzip.compress(json.dumps(MANY).encode(), mtime=0)  # the same bytes in each process
 
 
 @pytest.mark.parametrize("name, content", [
     ("pairs.json", json.dumps(MANY, indent=1)), ("pairs.json", "\n".join(map(json.dumps, MANY))),
     ("pairs.jsonl.gz", gzip.compress("\n".join(map(json.dumps, MANY)).encode())),
-    ("pairs", "\ufeff" + json.dumps(MANY))])
+    ("pairs", "\ufeff" + json.dumps(MANY))], ids=["a list", "lines", "gz", "a list, no suffix"])
 def test_a_file_of_json_is_read(tmp_path, name, content):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     found, = rows.sources(str(tmp_path / name))
@@ -584,10 +585,11 @@ def test_a_file_of_json_is_read(tmp_path, name, content):
 
 
 @pytest.mark.parametrize("name, content, says", [
-    ("pairs.jsonl.gz", gzip.compress(json.dumps(MANY).encode())[:40], "is a damaged .gz file"),
-    ("pairs.jsonl.gz", gzip.compress(json.dumps(MANY).encode())[:-4] + b"\0\0\0\0", "is a damaged .gz file"),
+    ("pairs.jsonl.gz", GZIPPED[:40], "is a damaged .gz file"),
+    ("pairs.jsonl.gz", GZIPPED[:-4] + b"\0\0\0\0", "is a damaged .gz file"),
     ("pairs.jsonl.zst", b"(\xb5/\xfd", "unpack it first"), ("pairs.ZIP", b"PK", "unpack it first"),
-    ("pairs.json", json.dumps({"a": 1}, indent=1).encode(), "is one JSON object and not a list of rows")])
+    ("pairs.json", json.dumps({"a": 1}, indent=1).encode(), "is one JSON object and not a list of rows")],
+    ids=["half", "no checksum", "zst", "zip", "one object"])
 def test_other_files_are_refused_by_name(tmp_path, name, content, says):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=f"{name}:? {says}"):
