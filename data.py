@@ -54,7 +54,7 @@ from run import UserError, is_task
 
 # The built-in model: large enough for the world's sentences, small enough for a laptop.
 TINY = dict(layers=2, width=64, heads=4, positions=64, seed=0)
-TINY_SFT: dict = dict(steps=400, batch_size=128, lr=4e-3, seed=0)
+TINY_SFT: dict = dict(steps=300, batch_size=64, lr=8e-3, seed=0)
 SFT: dict = dict(batch_size=16, lr=5e-5, seed=0)  # of pretrained models
 class Start(NamedTuple):
     """What a run starts from; policy and ref are equal at first."""

@@ -713,7 +713,7 @@ def sft(policy: LM, corpus: Sequence[tuple[Prompt, str]], steps: int, batch_size
         response, policy.context_length, prompt)) for prompt, response in corpus]
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, fused=True)  # fused: one kernel
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     for _ in (bar := progress(range(steps), "SFT, once", "steps", leave=True)):
         picks = torch.randint(len(rows), (batch_size,), generator=generator).tolist()
         logps, mask = policy.token_logps([rows[i][0] for i in picks], [rows[i][1] for i in picks])

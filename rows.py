@@ -372,8 +372,8 @@ def what_rows_share(rows: list[Row]) -> Share:
     bare = [both for prompt, both in texts if prompt is None]
     known = [tuple(sum(bool(who.search(both)) for both in bare) for who in (marks.assistant, marks.user))
              for marks in ALL_MARKS]
-    last = Counter(found[-1][0] for both in bare if (found := [*MARK.finditer(both)]))
-    mark, n = (last.most_common(1) or [("", 0)])[0]
+    lasts = ([*MARK.finditer(both)][-1:] for both in bare)
+    mark, n = (Counter(found[0] for last in lasts for found in last).most_common(1) or [("", 0)])[0]
     marks = ALL_MARKS[known.index(max(known))] if bare and max(known)[0] > len(bare) / 2 else None
     return Share(marks, mark if n > len(bare) / 2 else "", sum(
         isinstance(prompt, str) and bool(prompt.strip()) and both.startswith(prompt.rstrip())
