@@ -9,7 +9,7 @@
                  prompts.jsonl           {"prompt"}: to train on
                  held_out_prompts.jsonl  {"prompt"}: to evaluate on
     FILE       preference pairs {"prompt", "chosen", "rejected"}, as texts or as messages, or in
-               the columns of other public sets (ANSWERS, below): JSONL, JSON, .gz; CSV and Parquet,
+               the columns of other public sets, see rows.py: JSONL, JSON, .gz; CSV and Parquet,
                what save_to_disk wrote, a hub's NAME or NAME:SPLIT (pip install datasets); a
                directory with pairs.jsonl and held_out_pairs.jsonl. --judge measures, if given
 
@@ -56,6 +56,8 @@ from run import UserError, is_task
 TINY = dict(layers=2, width=64, heads=4, positions=64, seed=0)
 TINY_SFT: dict = dict(steps=300, batch_size=64, lr=8e-3, seed=0)
 SFT: dict = dict(batch_size=16, lr=5e-5, seed=0)  # of pretrained models
+
+
 class Start(NamedTuple):
     """What a run starts from; policy and ref are equal at first."""
     policy: LM

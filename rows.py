@@ -263,15 +263,14 @@ def row_of(row: tuple[str, Any]) -> Row:
     here = [sum(name in content for name in layout[:2]) for layout in ANSWERS]
     first, second, label, middle, sign = ANSWERS[here.index(max(here)) if any(here) else 1]
     answers = {name: said(content, name, where) for name in (first, second)}
-    if label and (number_of(content, label, where) - middle) * sign < 0:
+    if label and (number_of(content, label, middle, where) - middle) * sign < 0:
         first, second = second, first
     lost = [name for name in BESIDE if content.get(name)]
     if lost:
         raise BadRow(f"{where}: field '{lost[0]}' is no text, and would be lost; drop it or the row", "more than text")
     system = next((name for name in ("system", "system_prompt") if content.get(name)), "")
     asked = [name for name in PROMPTS if content.get(name)] or [name for name in PROMPTS if content.get(name) == ""]
-    asks = first + second not in ("chosenrejected", "rejectedchosen") or "system" in content or (
-        asked[:1] not in ([], ["prompt"]))
+    asks = {first, second} != {"chosen", "rejected"} or "system" in content or asked[:1] not in ([], ["prompt"])
     whole = any(isinstance(side, list) and "user" in [turn["role"] for turn in side] for side in answers.values())
     others = {*content} - {first, second, label}
     return Row(where, string(content, system, where) if system else "",
@@ -280,8 +279,8 @@ def row_of(row: tuple[str, Any]) -> Row:
                not any(isinstance(content[name], list) or " " in str(content[name]) for name in others))
 
 
-def number_of(row: dict, label: str, where: str) -> float:
-    """A label as a number. BadRow: it prefers neither answer, or is not known."""
+def number_of(row: dict, label: str, middle: float, where: str) -> float:
+    """A label as a number. BadRow: it is not known, or the one in the middle, which prefers neither answer."""
     value = row.get(label)
     try:
         number = WINNERS[str(value)] if label == "winner" else float(str(value))
@@ -290,7 +289,7 @@ def number_of(row: dict, label: str, where: str) -> float:
     if not math.isfinite(number):
         raise BadRow(f"{where}: field '{label}' is {value!r:.40}, which does not say which answer is better",
                      "unreadable")
-    if number == next(layout[3] for layout in ANSWERS if layout[2] == label):
+    if number == middle:
         raise BadRow(f"{where}: field '{label}' is {value!r:.40}: neither answer is the better one", "ties")
     return number
 
