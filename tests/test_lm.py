@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import data
@@ -250,6 +252,22 @@ def test_a_model_that_is_not_here_is_one_clear_sentence(tmp_path, monkeypatch):
         lm.LM.load("no-such/model")
     with pytest.raises(lm.Refused, match="does not hold a causal language model"):
         lm.LM.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_a_policy_is_saved_in_its_sources_dtype_and_as_the_users_umask_says(tmp_path, words, umask, mode):
+    random_gpt2(words, dtype=torch.float32).model.to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    words.save_pretrained(tmp_path / "source")
+    policy, before = lm.LM.load(str(tmp_path / "source")), os.umask(umask)
+    try:
+        policy.save(tmp_path / "policy")
+        assert os.umask(umask) == umask, "it is left as it was"
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "policy").iterdir()} == {mode}
+    saved = load_file(tmp_path / "policy" / "model.safetensors")
+    assert {weight.dtype for weight in saved.values()} == {torch.bfloat16} and "lm_head.weight" not in saved, "tied"
+    assert policy.model.dtype == lm.LM.load(str(tmp_path / "policy")).model.dtype == torch.float32
 
 
 @pytest.mark.parametrize("what", ["bin", "adapter"])

@@ -99,7 +99,7 @@ def test_prompt_and_response_are_the_tokens_that_the_template_gives_the_conversa
             own = whole[:end + 1] if end < len(whole) else [*whole, policy.eos_id]
             assert prompt + ids == own, "the template's own, up to the end of the turn"
             said = policy.decode(ids)
-            assert said.strip().removeprefix("<think>\n\n</think>\n\n") == answer and "User" not in said
+            assert said.strip() == answer, "without what the template writes before it, such as an empty thought"
             assert not set(ids[:-1]) & policy.end_ids and policy.ended(ids)
     assert n > 20
 
