@@ -24,8 +24,8 @@ by PPO (Schulman et al. 2017): a token is an action, the text so far the state. 
 
 Left out or different: a response without EOS loses --eos-penalty of its reward; the value function
 is a network of its own, started from pi_ref; r_hat is clipped to +-R' on request (--reward-clip),
-which bounds the optimum's KL by 2R'/beta (Lemma 4.1 of arXiv 2406.01462); no discounting
-(gamma = 1), no entropy bonus, no learning-rate schedule.
+which bounds the optimum's KL by 2R'/beta (Lemma 4.1 of arXiv 2406.01462); learning rates that fall
+in a line to 0; no discounting (gamma = 1), no entropy bonus.
 """
 
 import argparse

@@ -119,8 +119,8 @@ def parser(doc: str | None, beta: Callable = POSITIVE):
     of_algorithm = add = p.add_argument_group("the algorithm").add_argument
     add("--steps", type=COUNT, default=400, help="optimizer steps (default 400; rlhf.py 120)")
     add("--batch-size", type=COUNT, help="preference pairs in a step (default 64 for tiny, else 16)")
-    add("--lr", type=POSITIVE, help="learning rate of AdamW, constant (default 5e-4 for tiny, else "
-        "2e-5; with --train-layers try 1e-4)")
+    add("--lr", type=POSITIVE, help="learning rate of AdamW at the first step; it falls in a line to 0 "
+        "(default 5e-4 for tiny, else 2e-5; with --train-layers try 1e-4)")
     add("--beta", type=beta, default=0.1, help="the larger, the closer to pi_ref (default 0.1)")
     add("--max-grad-norm", type=POSITIVE, default=1.0, help="clip the gradient's norm (default 1)")
 
@@ -382,7 +382,8 @@ def refuse_other_settings(args) -> None:
     differ = [f"--{key.replace('_', '-')} {then.get(key)} (now {now.get(key)})"
               for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
     if differ:
-        raise UserError(f"--resume: {args.out} was run with other settings: {', '.join(differ)}; "
+        why = " (the learning rate falls to 0 over --steps)" if then.get("steps") != now["steps"] else ""
+        raise UserError(f"--resume: {args.out} was run with other settings{why}: {', '.join(differ)}; "
                         "give those again, or start afresh with another --out")
 
 
@@ -498,6 +499,7 @@ def loop(args, trained: torch.nn.Module, optimizer, evaluate: Callable) -> Itera
     and a checkpoint is written.
     """
     global at
+    rates = [group["lr"] for group in optimizer.param_groups]  # at first
     log, at = args.out / "metrics.jsonl", "step 0: "
     done, spent = load_checkpoint(args, trained, optimizer) if args.resume else (0, 0.0)
     if done:  # drop the lines of steps that the interrupted run took after its last checkpoint
@@ -520,6 +522,8 @@ def loop(args, trained: torch.nn.Module, optimizer, evaluate: Callable) -> Itera
             dynamic_ncols=True) as bar:
         for number in range(done + 1, args.steps + 1):
             step, at = Step(number, args), f"step {number}: "
+            for group, rate in zip(optimizer.param_groups, rates):  # linear decay to 0: the last
+                group["lr"] = rate * (1 - (number - 1) / args.steps)  # steps settle what is learned
             last = ", ".join(form.format(shown[key]) for key, form in SHOWN.items()
                              if shown.get(key) is not None)
             bar.set_postfix_str(last, refresh=False)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -215,6 +216,8 @@ def test_resume_with_other_settings_is_refused_with_a_sentence(model_dir, uninte
     before = bytes_of(uninterrupted)
     with pytest.raises(UserError, match=r"other settings: --beta 0.1 \(now 0.3\), --lam [0-9.]+ \(now 0.5\)"):
         hypo.main(flags(model_dir, uninterrupted, "--resume", "--beta", 0.3, "--lam", 0.5))
+    with pytest.raises(UserError, match=r"the learning rate falls to 0 over --steps\): --steps 9 \(now 12\); give"):
+        hypo.main(flags(model_dir, uninterrupted, "--resume", "--steps", 12))
     assert bytes_of(uninterrupted) == before
 
 
@@ -593,6 +596,23 @@ def test_settings_hold_everything_that_decides_a_run(model_dir):
     args = run.parse(run.parser("x")[0], ["--model", str(model_dir)], lambda args: "x")
     missing = set(vars(args)) - set(run.settings(args))
     assert missing == {"out", "resume"}
+
+
+@pytest.mark.law
+def test_the_learning_rate_falls_in_a_line_to_0(tmp_path):
+    """Each group's from its own; a run that goes on has the rate of an uninterrupted one."""
+    def rates(steps, **more):
+        one, two = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+        optimizer = torch.optim.AdamW([{"params": [one], "lr": 1.0}, {"params": [two], "lr": 2.0}])
+        trained = torch.nn.ParameterList([one, two])
+        args = SimpleNamespace(out=tmp_path, steps=10, eval_every=4, device="cpu", resume=False, **more)
+        args.resume = bool(more)
+        for step in islice(run.loop(args, trained, optimizer, lambda _: {}), steps):
+            yield step.number, *(group["lr"] for group in optimizer.param_groups)
+            step.log(loss=0.0)
+    whole = list(rates(10))
+    assert whole == [(n, pytest.approx((11 - n) / 10), pytest.approx((11 - n) / 5)) for n in range(1, 11)]
+    assert list(rates(6)) == whole[:6]
 
 
 @pytest.mark.law

@@ -1,0 +1,146 @@
+"""The sweep that the defaults come from: steps and learning rate of each command, and HyPO's lam.
+
+    python -m experiments.sweep              # a bit more than an hour on two cores; results/sweep.jsonl, a line a run
+    python -m experiments.sweep --table      # the table of docs/details.md, of the runs that are there
+
+Declared before the runs. Arms, grid and seeds are below. The grid is the same for every arm; HyPO's lam is swept
+besides. No other figure of this project is of these seeds. A setting's worth is its mean win rate at the last step; an
+arm's choice is, of its settings within one point of the best, the one of the least time. Then the chosen run of the
+first seed is repeated ROUNDINGS times, its weights moved by 1e-7 of themselves after the first step: how far does the
+end of a run hang on the last bits?
+"""
+
+import argparse
+import contextlib
+import functools
+import io
+import json
+import multiprocessing
+import shlex
+import statistics
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+import data
+import dpo
+import eval as evaluation
+import hypo
+import rlhf
+import run
+from experiments import begin_worker
+from lm import progress
+
+RESULTS = Path(__file__).parent.parent / "results" / "sweep.jsonl"
+ARMS = {"hypo": (hypo, ""), "dpo": (dpo, ""), "online dpo": (dpo, "--sampling online"), "ipo": (dpo, "--loss ipo"),
+        "online ipo": (dpo, "--loss ipo --sampling online"), "ppo": (rlhf, ""), "rloo": (rlhf, "--rloo")}
+STEPS, RATES, LAMS = (50, 100, 200), ("1e-3", "2e-3", "4e-3"), (0.002, 0.004, 0.008)
+SEEDS, ROUNDINGS = range(100, 104), 8
+
+
+def settings_of(arm: str) -> list[str]:
+    """The flags of each point of the grid."""
+    lams = [f" --lam {lam}" for lam in LAMS] if arm == "hypo" else [""]
+    return [f"--steps {steps} --lr {lr}{lam}" for steps in STEPS for lr in RATES for lam in lams]
+
+
+def rounded(loop, number: int, args, trained, *rest):
+    """run.loop, with the weights moved by 1e-7 of themselves after the first step."""
+    for step in loop(args, trained, *rest):
+        if step.number == 2:
+            generator = torch.Generator().manual_seed(number)
+            with torch.no_grad():
+                for weight in trained.parameters():
+                    weight.mul_(1 + 1e-7 * torch.randn(weight.shape, generator=generator))
+        yield step
+
+
+def execute(arm: str, flags: str, seed: int, rounding: int) -> dict:
+    """One run: its last line of metrics, and its CPU seconds. rounding: which, 0 for none."""
+    command, of_arm = ARMS[arm]
+    torch.set_num_threads(1)
+    began = time.process_time()
+    with contextlib.ExitStack() as stack:
+        out = stack.enter_context(tempfile.TemporaryDirectory())
+        for redirect in (contextlib.redirect_stdout, contextlib.redirect_stderr):
+            stack.enter_context(redirect(io.StringIO()))
+        stack.enter_context(mock.patch.object(evaluation, "plot_curve"))
+        if rounding:
+            stack.enter_context(mock.patch.object(run, "loop", functools.partial(rounded, run.loop, rounding)))
+        command.main([*shlex.split(f"{of_arm} {flags}"), "--seed", str(seed), "--eval-every", "1000000",
+                      "--device", "cpu", "--out", out])
+        last = run.read_rows(Path(out) / "metrics.jsonl")[-1]
+    return {"arm": arm, "flags": flags, "seed": seed, "rounding": rounding,
+            **{name: last[name] for name in ("win_rate", "golden_reward", "reverse_kl")},
+            "cpu_seconds": round(time.process_time() - began, 1)}
+
+
+def work(jobs: list[tuple], path: Path) -> None:
+    """Do the jobs that are not in the file, two at a time, and write each as it comes."""
+    done = {(row["arm"], row["flags"], row["seed"], row["rounding"]) for row in read(path)}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, mp_context=context, initializer=begin_worker) as pool, open(path, "a") as file:
+        futures = [pool.submit(execute, *job) for job in jobs if job not in done]
+        for future in progress(futures, "sweep", "runs", leave=True):
+            file.write(json.dumps(future.result()) + "\n")
+            file.flush()
+
+
+def read(path: Path) -> list[dict]:
+    """The runs so far."""
+    return run.read_rows(path) if path.exists() else []
+
+
+def runs_of(rows: list[dict], arm: str, flags: str, rounded: bool = False) -> list[dict]:
+    """The runs of a setting, one a seed; or its roundings."""
+    return [row for row in rows if (row["arm"], row["flags"], row["rounding"] > 0) == (arm, flags, rounded)]
+
+
+def mean(rows: list[dict], name: str) -> float:
+    """Of a metric."""
+    return statistics.mean(row[name] for row in rows)
+
+
+def chosen(rows: list[dict], arm: str) -> str:
+    """The flags of the arm's setting, see above."""
+    win = {flags: mean(runs_of(rows, arm, flags), "win_rate") for flags in settings_of(arm)}
+    near = [flags for flags in win if win[flags] > max(win.values()) - 0.01]
+    return min(near, key=lambda flags: mean(runs_of(rows, arm, flags), "cpu_seconds"))
+
+
+def table(rows: list[dict]) -> str:
+    """Every setting: means over the seeds; the chosen one in bold, with its spread under rounding."""
+    lines = ["| arm | setting | win rate | sd over seeds | KL | CPU s | sd under rounding |",
+             "| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
+    for arm in ARMS:
+        best = chosen(rows, arm)
+        for flags in settings_of(arm):
+            runs, again = runs_of(rows, arm, flags), runs_of(rows, arm, flags, rounded=True)
+            spreads = [f"{statistics.stdev(row['win_rate'] for row in some):.3f}" if some else ""
+                       for some in (runs, again)]
+            bold = "**" if flags == best else ""
+            means = f"{mean(runs, 'reverse_kl'):.1f} | {mean(runs, 'cpu_seconds'):.0f}"
+            lines.append(f"| {arm} | {bold}{flags.replace('--', '')}{bold} | {mean(runs, 'win_rate'):.3f} | "
+                         f"{spreads[0]} | {means} | {spreads[1]} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="print the table of the runs that are there")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the runs are written")
+    args = parser.parse_args()
+    if not args.table:
+        data.tiny_directory()  # made once, before the workers look for it
+        work([(arm, flags, seed, 0) for arm in ARMS for flags in settings_of(arm) for seed in SEEDS], args.results)
+        rows = read(args.results)
+        work([(arm, chosen(rows, arm), SEEDS[0], n) for arm in ARMS for n in range(1, ROUNDINGS + 1)], args.results)
+    print(table(read(args.results)))
+
+
+if __name__ == "__main__":
+    run.start(main, again="the same command goes on where it stopped")
