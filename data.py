@@ -89,7 +89,8 @@ def start(args) -> Start:
     tiny = args.model == "tiny"
     policy = load_policy(args, str(tiny_directory(args.device)) if tiny else reference(args))
     ref = policy.frozen_copy()
-    return Start(policy, ref, *preferences(args, ref, outcome), label, outcome, second)
+    rows = preferences(args, ref, outcome)
+    return Start(run.share(policy), run.share(ref), *rows, label, outcome, second)
 
 
 @contextlib.contextmanager
@@ -120,7 +121,7 @@ def judges_of(args) -> tuple[world.Judge | None, world.Judge | None, world.Judge
 def judge_named(name: str, device: str, where: str = "--judge") -> world.Judge | None:
     """What --judge, or a file, names."""
     with to_user(f"{where} {name}"):
-        return load_judge(name, device)
+        return run.share(load_judge(name, device))
 
 
 def load_policy(args, path: str) -> LM:
@@ -136,6 +137,11 @@ def load_policy(args, path: str) -> LM:
             policy.check()
     as_is = not args.train_layers and not args.gradient_checkpointing
     return policy if as_is else fit_in_memory(policy, args)
+
+
+def scorer(ref: LM, args) -> lm.Scorer:
+    """A reward model or a value function to train, started from pi_ref."""
+    return run.share(fit_in_memory(lm.Scorer.of(ref), args))
 
 
 def fit_in_memory(network, args):
@@ -199,13 +205,14 @@ def cached(kind: str, settings, make: Callable[[Path], None]) -> Path:
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     cache = Path(os.environ.get("HYPO_CACHE", Path(__file__).parent / ".cache"))
     path = cache / f"{kind}-{key}"
-    if not os.path.exists(path):
+    if not run.RANK and not os.path.exists(path):
         with run.touching(cache, "HYPO_CACHE"):  # known before the minutes are spent
             cache.mkdir(parents=True, exist_ok=True)
             (cache / f"{path.name}.lock").touch()
         with filelock.FileLock(cache / f"{path.name}.lock"):
             if not path.exists():
                 make(path)
+    run.wait()
     return path
 
 

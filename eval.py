@@ -58,7 +58,8 @@ def implicit_reward_metrics(policy: LM, pairs) -> dict:
     batches = [policy.logratios(pairs[i:i + n])
                for i in progress(range(0, len(pairs), n), "held-out pairs", "batches")]
     chosen, rejected = (torch.cat(side) for side in zip(*batches))  # (N,), (N,)
-    correct = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()  # 1/2 at step 0
+    gap = chosen - rejected
+    correct = torch.where(gap.abs() < 1e-4, 0.5, (gap > 0).float())  # 1/2 at step 0, where it is rounding
     return {"accuracy": correct.mean().item(), "chosen_logratio": chosen.mean().item(),
             "rejected_logratio": rejected.mean().item()}
 
@@ -110,7 +111,12 @@ MEASURED = ("win_rate", "win_rate_ci", "golden_reward", "judge_reward", "second_
 
 
 def finish(start, args) -> dict:
-    """policy/, summary.json, samples.md and curve.png of a trained run; returns the summary."""
+    """policy/, summary.json, samples.md and curve.png of a trained run; returns the summary.
+
+    Of several processes the first does it; the others return {}.
+    """
+    if run.RANK:
+        return {}
     lines, seconds = read_metrics(args.out), run.seconds(args)  # seconds over all resumptions
     measured = {name: lines[-1].get(name) for name in MEASURED}
     summary = {x: getattr(args, x) for x in ("algorithm", "model", "seed", "steps", "beta")}

@@ -19,6 +19,8 @@ from transformers import DynamicCache
 
 import lm
 
+# Sampling goes on with the living alone once fewer than this share live: to move their cache costs, too.
+CROWD = 0.8
 # Decoders whose tokens meet in attention alone, under whatever mask is given.
 ARCHITECTURES = {"gpt2", "gpt_neox", "llama", "qwen2", "qwen3"}
 
@@ -149,7 +151,7 @@ class FastLM(lm.LM):
                     break
                 mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
                 positions = positions[:, -1:] + 1
-                if alive.float().mean() < 0.8:  # else moving the others' keys and values costs more
+                if alive.float().mean() < CROWD:
                     keep = alive.nonzero().squeeze(1)
                     cache.batch_select_indices(keep)
                     rows, alive, ids, mask, positions = (

@@ -293,6 +293,8 @@ class Network(torch.nn.Module):
 
     def save(self, directory, card: str = "") -> None:
         """An ordinary transformers directory (safetensors); card: its README.md."""
+        if torch.distributed.is_initialized() and torch.distributed.get_rank():
+            return  # the first process writes
         directory = Path(directory)
         beside = directory.with_name(directory.name + ".tmp")  # renamed when it is complete
         shutil.rmtree(beside, ignore_errors=True)

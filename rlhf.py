@@ -178,7 +178,7 @@ def reward_model(start, args):
                                         "lr": 2 * args.lr, "algorithm": "reward"})
     run.prepare(reward_args, start.inputs())
     with data.to_user("--stage reward"):
-        scorer = data.fit_in_memory(Scorer.of(start.ref), args)
+        scorer = data.scorer(start.ref, args)
     evaluate = reward_evaluator(start, args)
     train_reward(scorer, start.pairs, evaluate, reward_args)
 
@@ -195,6 +195,7 @@ def reward_model(start, args):
             reward_args, "AutoModelForSequenceClassification", "A reward model. The reward is the score "
             "after prompt + response + EOS, read at that EOS, less `reward_center` of config.json: "
             "pi_ref's mean. For a batch in transformers, give model.config a pad_token_id.", measured))
+    run.wait()
     print("reward model, held out: " + ", ".join(
         f"{name} {x:.3f}" for name, x in measured.items() if x is not None))
     return data.judge_named(str(directory), args.device)
@@ -229,7 +230,7 @@ def roll_out(policy, ref, prompts, judge, generator, args) -> Rollout:
 
 def train_ppo(policy, ref, prompts, judge, evaluate, args) -> None:
     """Stage 2 by PPO; the comments number the lines of the box at the top of the file."""
-    value = data.fit_in_memory(Scorer.of(ref), args)
+    value = data.scorer(ref, args)
     both = torch.nn.ModuleDict({"policy": policy, "value": value})  # what a checkpoint keeps
     optimizer = torch.optim.AdamW([
         {"params": policy.parameters(), "lr": args.lr},
@@ -380,7 +381,7 @@ def main(argv=None, begin=data.start):
         train = train_rloo if args.rloo else train_ppo
         train(start.policy, start.ref, start.prompts, judge, Evaluator(start, args), args)
         summary = finish(start, args)  # policy/, summary.json, curve.png
-        if args.reward_clip and args.beta > 0:
+        if summary and args.reward_clip and args.beta > 0:
             bound = 2 * args.reward_clip / args.beta
             print(f"KL {summary['reverse_kl']:.2f} nats; Lemma 4.1 bounds the KL of the learned "
                   f"reward's optimum by 2R'/beta = {bound:.1f} (without the EOS penalty)")

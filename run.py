@@ -11,6 +11,8 @@ of an uninterrupted one.
 import argparse
 import contextlib
 import dataclasses
+import datetime
+import functools
 import hashlib
 import io
 import itertools
@@ -19,7 +21,9 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,6 +32,7 @@ from typing import Any
 import filelock
 import torch
 from safetensors import SafetensorError
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 REVIEWS = Path("runs/reviews")  # the task of a pretrained model, if it is there
@@ -35,6 +40,7 @@ SHOWN = {"loss": "loss {:.3f}", "win_rate": "win {:.2f}", "reverse_kl": "KL {:.1
          "reward_accuracy": "accuracy {:.2f}"}  # by the progress bar: the last ones measured
 
 
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
 at = ""  # the step that runs, for the sentence about a number that went wrong in it
 
 
@@ -55,7 +61,8 @@ def start(main: Callable,
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        main()
+        with joined():
+            main()
     except UserError as error:
         sys.exit(f"error: {error}")
     except FloatingPointError as error:  # a reward or a logit that is NaN or infinite
@@ -263,6 +270,10 @@ def touching(path, flag: str = ""):
 @contextlib.contextmanager
 def replacing(path: Path, flag: str = "--out"):
     """Where to write a file that takes the path's place once it is complete, or not at all."""
+    if RANK:  # the first process writes
+        with tempfile.TemporaryDirectory() as nowhere:
+            yield Path(nowhere, path.name)
+        return
     beside = path.with_name(path.name + ".tmp")
     try:
         with touching(path, flag):
@@ -338,6 +349,9 @@ LEFT = (r"(metrics|responses|stream|round-\d+)\.jsonl|(inputs|summary|job|baseli
 @contextlib.contextmanager
 def alone(folder: Path, flag: str = ""):
     """The folder, made if need be, belongs to this process inside."""
+    if RANK:  # it belongs to the first process
+        yield
+        return
     lock = filelock.FileLock(folder / ".lock", timeout=0)
     with touching(folder, flag):
         folder.mkdir(parents=True, exist_ok=True)
@@ -382,7 +396,7 @@ def refuse_other_settings(args) -> None:
     differ = [f"--{key.replace('_', '-')} {then.get(key)} (now {now.get(key)})"
               for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
     if differ:
-        why = " (the learning rate falls to 0 over --steps)" if then.get("steps") != now["steps"] else ""
+        why = " (the learning rate falls to 0 over --steps)" if then.get("steps") != now.get("steps") else ""
         raise UserError(f"--resume: {args.out} was run with other settings{why}: {', '.join(differ)}; "
                         "give those again, or start afresh with another --out")
 
@@ -393,6 +407,10 @@ def prepare(args, inputs: dict) -> Path | None:
     inputs: hashes of what the run starts from, by flag. --resume refuses others.
     """
     out, aside = args.out, None
+    wait()  # until all have read what is there
+    if RANK:
+        wait()
+        return None
     if args.resume and (out / "checkpoint.pt").exists():
         then = read_json(out / "inputs.json")
         changed = [flag for flag in inputs if inputs[flag] != then.get(flag)]
@@ -411,6 +429,7 @@ def prepare(args, inputs: dict) -> Path | None:
                 os.replace(path, aside / path.name)
         print(f"the earlier run in {out} is now {aside} (to go on with it: --out {aside} --resume)")
     write_text(out / "inputs.json", json.dumps({**inputs, "settings": settings(args)}, indent=1))
+    wait()
     return aside
 
 
@@ -421,6 +440,8 @@ def settings(args) -> dict:
 
 def save_checkpoint(args, step: int, trained, optimizer, seconds: float) -> None:
     """checkpoint.pt: everything that the next step depends on, replaced in one atomic rename."""
+    if RANK:
+        return
     state = {"step": step, "seconds": seconds, "trained": trained.state_dict(),
              # after the last step nothing needs the optimizer's
              "optimizer": optimizer.state_dict() if step < args.steps else None}
@@ -452,6 +473,88 @@ def seconds(args) -> float:
     """Training time of a finished run, over all its resumptions."""
     path = args.out / "checkpoint.pt"
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["seconds"]
+
+
+# ---- several processes: torchrun --nproc-per-node N hypo.py ...
+
+@contextlib.contextmanager
+def joined():
+    """Work as one of torchrun's processes: all do the same, but for the rows that they `share`."""
+    if PROCESSES == 1:
+        yield
+        return
+    lost = UserError(f"another of the {PROCESSES} processes has ended; the same command with "
+                     "--resume, for any number of processes, goes on from the last checkpoint")
+
+    def terminated(*_):
+        """torchrun ends the others when one has died."""
+        raise lost
+
+    signal.signal(signal.SIGTERM, terminated)
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.ExitStack() as stack:
+        if RANK:  # the first process speaks for all
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # "cuda" is that one from here on
+        torch.distributed.init_process_group(  # the first may take hours to make pi_ref
+            "nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(days=1))
+        stack.callback(torch.distributed.destroy_process_group)
+        try:
+            yield
+        except RuntimeError as error:
+            if re.search("gloo|NCCL|[Cc]onnection", str(error)):
+                raise lost from error
+            raise
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    if PROCESSES > 1:
+        torch.distributed.barrier()
+
+
+def share(worker):
+    """A policy, scorer or judge each of whose calls computes a share of the rows in each process.
+
+    Every process gets all rows. A row has its gradient where it was computed, and clip adds the
+    gradients up: so N processes do what one does, to rounding, and no algorithm need know.
+    """
+    if PROCESSES > 1 and isinstance(worker, torch.nn.Module):
+        for name in {"token_logps", "scores", "sample_batch", "reverse_kl"} & {*dir(worker)}:
+            setattr(worker, name, functools.partial(shared, getattr(worker, name)))
+    elif PROCESSES > 1 and worker is not None:
+        worker = worker._replace(rewards=functools.partial(shared, worker.rewards))
+    return worker
+
+
+def shared(method: Callable, *args):
+    """method(*args), the rows of its lists and tensors dealt out to the processes by prompt."""
+    has_rows = [isinstance(arg, (list, tuple, torch.Tensor)) for arg in args]
+    numbers: dict[str, int] = {}  # of the prompts: what is asked again is read once, see fast.py
+    dealt: list[list[int]] = [[] for _ in range(PROCESSES)]
+    for row, prompt in enumerate(args[has_rows.index(True)]):
+        dealt[numbers.setdefault(str(prompt), len(numbers)) % PROCESSES].append(row)
+    rows = dealt[RANK] or [0]  # a process without a row takes one, for nothing
+    done = method(*(arg if not has else arg[rows] if isinstance(arg, torch.Tensor)
+                    else [arg[row] for row in rows] for arg, has in zip(args, has_rows)))
+    return tuple(gathered(x, dealt) for x in done) if isinstance(done, tuple) else gathered(done, dealt)
+
+
+def gathered(mine, dealt: list[list[int]]):
+    """The rows of all processes in order, as a list or a padded tensor; mine with their gradient."""
+    tensor = isinstance(mine, torch.Tensor)
+    parts: list = [None] * PROCESSES
+    torch.distributed.all_gather_object(parts, mine.tolist() if tensor else mine)
+    of_row: dict[int, Any] = {
+        row: value for rows, part in zip(dealt, parts) for row, value in zip(rows, part)}
+    if not tensor:
+        return [of_row[row] for row in sorted(of_row)]
+    of_row = {row: mine.new_tensor(value) for row, value in of_row.items()} | dict(zip(dealt[RANK], mine))
+    rows = [of_row[row] for row in sorted(of_row)]
+    whole = pad_sequence(rows, batch_first=True) if mine.dim() > 1 else torch.stack(rows)
+    # a process without a row has a backward pass, too
+    return whole + 0 * mine.sum() if mine.requires_grad and not dealt[RANK] else whole
 
 
 # ---- the loop
@@ -499,7 +602,6 @@ def loop(args, trained: torch.nn.Module, optimizer, evaluate: Callable) -> Itera
     and a checkpoint is written.
     """
     global at
-    rates = [group["lr"] for group in optimizer.param_groups]  # at first
     log, at = args.out / "metrics.jsonl", "step 0: "
     done, spent = load_checkpoint(args, trained, optimizer) if args.resume else (0, 0.0)
     if done:  # drop the lines of steps that the interrupted run took after its last checkpoint
@@ -515,15 +617,14 @@ def loop(args, trained: torch.nn.Module, optimizer, evaluate: Callable) -> Itera
         write_rows(log, [shown])
     began = time.time() - spent
     with touching(log, "--out"):
-        file = open(log, "a", encoding="utf-8")
+        file = open(os.devnull if RANK else log, "a", encoding="utf-8")
     told = time.time()
     with file, tqdm(
             total=args.steps, initial=done, desc=str(args.out), unit="step", disable=None,
             dynamic_ncols=True) as bar:
         for number in range(done + 1, args.steps + 1):
             step, at = Step(number, args), f"step {number}: "
-            for group, rate in zip(optimizer.param_groups, rates):  # linear decay to 0: the last
-                group["lr"] = rate * (1 - (number - 1) / args.steps)  # steps settle what is learned
+            set_learning_rate(optimizer, 1 - (number - 1) / args.steps)
             last = ", ".join(form.format(shown[key]) for key, form in SHOWN.items()
                              if shown.get(key) is not None)
             bar.set_postfix_str(last, refresh=False)
@@ -543,6 +644,16 @@ def loop(args, trained: torch.nn.Module, optimizer, evaluate: Callable) -> Itera
             bar.update()
 
 
+def set_learning_rate(optimizer, share: float) -> None:
+    """Set each group's rate to a share of its first one.
+
+    In loop the share falls in a line to 0: the last, small steps settle what was learned, and the
+    end of a run does not hang on the last bits of its sums.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = share * group.setdefault("initial_lr", group["lr"])
+
+
 DIVERGED = "training has diverged; lower --lr, raise --beta"
 
 
@@ -556,6 +667,11 @@ def finite(line: dict) -> dict:
 
 def clip(model: torch.nn.Module, max_norm: float) -> torch.Tensor:
     """Scale the model's gradient to a norm of at most max_norm; returns its norm before."""
+    if PROCESSES > 1:
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            if parameter.grad is None:  # no row of this process has used it
+                parameter.grad = torch.zeros_like(parameter)
+            torch.distributed.all_reduce(parameter.grad)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     if not norm.isfinite():
         raise UserError(f"{at}the gradient is {norm}: {DIVERGED}")

@@ -3,6 +3,7 @@
     pip install trl==1.16.0 accelerate==1.15.0 datasets==5.2.0    # without it, only the plain forms are compared
     python -m experiments.bench                                   # all rows, about an hour on one core of a CPU
     python -m experiments.bench --only "^DPO step, tiny$" --n 5   # the rows whose names match, five steps each
+    python -m experiments.bench --pieces                          # what each piece of fast.py gains, about ten minutes
 
 What is timed is dpo.train, hypo.train, rlhf.train_reward, train_ppo, train_rloo and lm.sft themselves, from the moment
 that their loop gives them a step until they ask for the next one: no evaluation, no checkpoint. The sides of a row are
@@ -119,6 +120,7 @@ class Side(TrainerCallback):
         """In place of run.loop."""
         for number in self.steps(range(1, args.steps + 1)):
             step = run.Step(number, args)
+            run.set_learning_rate(optimizer, 1 - (number - 1) / args.steps)
             yield step
             self.metrics.append({name: float(value) for name, value in step.metrics.items()})
 
@@ -259,7 +261,7 @@ TRL: dict[str, dict] = {  # what each of its trainers must be told for the same 
     "DPO": dict(beta=0.1, max_length=None),
     "OnlineDPO": dict(beta=0.1, temperature=1.0, top_k=0, max_new_tokens=32, max_length=128),
     "RLOO": dict(beta=0.1, temperature=1.0, num_generations=2, max_completion_length=32),
-    "SFT": dict(max_length=None, completion_only_loss=True, lr_scheduler_type="cosine", weight_decay=0.01,
+    "SFT": dict(max_length=None, completion_only_loss=True, weight_decay=0.01,
                 max_grad_norm=1e9),
     "Reward": dict(max_length=None, weight_decay=rlhf.WEIGHT_DECAY),
 }
@@ -288,7 +290,7 @@ def train_trl(algorithm: str, path: str, pairs: list[data.Pair], args, changes: 
     changes = TRL[algorithm] | changes
     config = getattr(package, f"{algorithm}Config")(**{**dict(
         output_dir=f"{path}-trl", per_device_train_batch_size=args.batch_size * changes.get("num_generations", 1),
-        max_steps=args.steps, learning_rate=args.lr, lr_scheduler_type="constant", max_grad_norm=args.max_grad_norm,
+        max_steps=args.steps, learning_rate=args.lr, lr_scheduler_type="linear", max_grad_norm=args.max_grad_norm,
         bf16=args.dtype == "bfloat16", use_cpu=True, gradient_checkpointing=False, logging_steps=1, save_strategy="no",
         report_to="none", disable_tqdm=True, train_sampling_strategy="sequential"), **changes})
     trainer = getattr(package, f"{algorithm}Trainer")(
@@ -341,6 +343,64 @@ def sampling(path, n, batch, new=48):
     return measure({"generate": generate, **{name: partial(sample, kind) for name, kind in OURS.items()}}, n + 1)
 
 
+# ---------------------------------------------------------------------------------------------------
+# fast.py without one of its pieces each
+
+class Apart(int):
+    """A token that equals no other, not even itself elsewhere: two prompts that begin so are not the same."""
+    __eq__, __hash__ = object.__eq__, object.__hash__
+
+
+def apart(prompts) -> list[lm.Ids]:
+    """Prompts of which no two are equal, but by their tokens."""
+    return [[Apart(first), *rest] for first, *rest in prompts]
+
+
+class PlainLogps(fast.FastLM):
+    """Rows with padding."""
+    token_logps = lm.LM.token_logps
+
+
+class NarrowRows(fast.FastLM):
+    """A row holds one prompt with its responses."""
+    def token_logps(self, *batch):
+        plant = fast.plant
+        with mock.patch.object(fast, "plant", lambda *args: [[tree] for row in plant(*args) for tree in row]):
+            return super().token_logps(*batch)
+
+
+class PromptsAgain(fast.FastLM):
+    """A prompt is read once for each of its responses."""
+    def token_logps(self, prompts, responses):
+        return super().token_logps(apart(prompts), responses)
+
+    def sample_batch(self, prompts, *how, **more):
+        return super().sample_batch(apart(prompts), *how, **more)
+
+
+class PlainSampling(fast.FastLM):
+    """The sampler of lm.py."""
+    sample_batch = lm.LM.sample_batch
+
+
+class NobodyLeft(fast.FastLM):
+    """A response that has ended is written on with the others."""
+    def sample_batch(self, *args, **more):
+        with mock.patch.object(fast, "CROWD", 0.0):
+            return super().sample_batch(*args, **more)
+
+
+PIECES = {"ours": fast.FastLM, "packed log-probs": PlainLogps, "several prompts in a row": NarrowRows,
+          "a prompt read once": PromptsAgain, "the sampler": PlainSampling, "ended responses left behind": NobodyLeft}
+
+
+def pieces(path, n, algorithm, batch, **changes):
+    """A training step with all of fast.py ("ours"), and without each of its pieces."""
+    args, pairs = arguments(n + 1, batch, **changes), make_pairs(path.endswith("tiny"), (n + 1) * batch)
+    return measure({name: partial(train_ours, algorithm, kind, path, pairs, args)
+                    for name, kind in PIECES.items()}, n + 1)
+
+
 def memory(path, n):
     """Peak memory, MB, of a process that takes n + 1 DPO steps; pi_ref is kept, as dpo.py does for evaluations."""
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
@@ -383,6 +443,8 @@ ROWS: dict[str, tuple[Callable, str, int, dict]] = {
     "PPO step, gpt2-small": (step, "small", 10, dict(algorithm="PPO", batch=8)),
     "memory of DPO steps, gpt2-small": (memory, "small", 2, {}),
 }
+WITHOUT = {name: (pieces, *row[1:3], {key: value for key, value in row[3].items() if key != "plain"})
+           for name, row in ROWS.items() if re.match("(DPO|online DPO|HyPO) step[^T]*$", name) and "bfloat" not in name}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -412,6 +474,16 @@ def table(report: dict) -> str:
     return "\n".join(lines)
 
 
+def table_of_pieces(report: dict) -> str:
+    """How much longer a step takes without a piece, in percent."""
+    names = [name for name in PIECES if name != "ours"]
+    lines = [f"| without | {' | '.join(names)} | n |", f"| --- | {'---: | ' * len(names)}---: |"]
+    for name, row in report["rows"].items():
+        gains = [f"{100 / row['ratio'][piece][1] - 100:+.0f} %" for piece in names]
+        lines.append(f"| {name} | {' | '.join(gains)} | {row['n']} |")
+    return "\n".join(lines)
+
+
 def rows_named(pattern: str) -> list[str]:
     """The rows whose names match the regular expression."""
     try:
@@ -427,25 +499,26 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=rows_named, metavar="PATTERN", default=[*ROWS],
                         help="rows whose names match this regular expression (default: all)")
+    parser.add_argument("--pieces", action="store_true", help="what each piece of fast.py gains in a training step")
     parser.add_argument("--n", type=run.number(int, 1, 10**4),
                         help="steps of each row (default: 2 to 30, each row's own)")
     parser.add_argument("--out", type=Path, default=Path("runs/bench.json"), help="the file of figures, made anew "
                         "(default runs/bench.json; the published ones are in results/bench.json)")
     args = parser.parse_args(argv)
+    rows = {name: row for name, row in (WITHOUT if args.pieces else ROWS).items() if name in args.only}
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     report: dict = {"rows": {}, "hardware": hardware()}
     with tempfile.TemporaryDirectory() as directory:
-        for name in args.only:
+        for name, (function, kind, n, how) in rows.items():
             run.write_text(args.out, json.dumps(report, indent=1) + "\n")  # at first empty: it can be written
-            function, kind, n, how = ROWS[name]
             path = Path(directory, kind)
             if not path.exists():
                 make_model(kind, path.parent)
             report["rows"][name] = row = function(str(path), args.n or n, **how)
             print(name, json.dumps(row), flush=True)
     run.write_text(args.out, json.dumps(report, indent=1) + "\n")
-    print(table(report))
+    print((table_of_pieces if args.pieces else table)(report))
 
 
 if __name__ == "__main__":

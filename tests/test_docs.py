@@ -105,6 +105,8 @@ def wrong_commands(text: str, root: Path = ROOT) -> list[str]:
     wrong = []
     for words in simple_commands(shell_lines(text)):
         tool, *rest = words[0].split("/")[-1:] + words[1:]
+        if [tool, *rest[:1]] == ["torchrun", "--nproc-per-node"]:
+            tool, rest = "python", rest[2:]
         if tool not in ("python", "python3"):
             if tool not in ("pip", "pytest", "ruff", "mypy", "git", "sudo", "."):
                 wrong.append(f"{words}: no command that we know")

@@ -81,7 +81,7 @@ def train_trl(directory, out, **changes):
 
     rows = in_order(run.read_rows(directory.with_name("pairs.jsonl")))
     config = DPOConfig(**{**dict(
-        output_dir=str(out), beta=0.1, learning_rate=1e-3, lr_scheduler_type="constant", max_grad_norm=1.0,
+        output_dir=str(out), beta=0.1, learning_rate=1e-3, lr_scheduler_type="linear", max_grad_norm=1.0,
         per_device_train_batch_size=BATCH, num_train_epochs=1, train_sampling_strategy="sequential",
         bf16=False, use_cpu=True, gradient_checkpointing=False, logging_steps=1, save_strategy="no", report_to="none",
         disable_tqdm=True), **changes})
