@@ -20,8 +20,10 @@ import importlib
 import importlib.metadata
 import json
 import multiprocessing
+import os
 import random
 import re
+import socket
 import statistics
 import string
 import tempfile
@@ -225,6 +227,7 @@ def train_ours(algorithm: str, kind: type[lm.LM], path: str, pairs: list[data.Pa
     start = types.SimpleNamespace(policy=policy, ref=ref, prompts=prompts, label=reward)
     if algorithm in ("DPO", "HyPO"):
         start.pairs = data.add_ref_logps(ref, rows)
+    policy, ref = run.share(policy), run.share(ref)
     if algorithm == "DPO":
         dpo.train(policy, dpo.offline(start, args), None, args)
     elif algorithm == "OnlineDPO":
@@ -408,6 +411,40 @@ def memory(path, n):
             name: pool.apply(peak, (path, n, name)) for name in sides_of(path, n, "DPO", 4)[1]})
 
 
+def processes(path, n, batch):
+    """Wall time of a DPO step by one process and by two, a thread each, which share its rows; by turns."""
+    context, wall = multiprocessing.get_context("spawn"), {1: [], 2: []}
+    for count in (1, 2, 1, 2):
+        results = context.SimpleQueue()
+        with socket.create_server(("localhost", 0)) as free:
+            port = free.getsockname()[1]
+        workers = []
+        for rank in range(count):  # as torchrun starts them
+            ranks = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=count, MASTER_ADDR="localhost", MASTER_PORT=port)
+            with mock.patch.dict(os.environ, {name: str(value) for name, value in ranks.items()}):
+                workers.append(context.Process(target=work, args=(path, n, batch, results)))
+                workers[-1].start()
+        wall[count] += results.get()
+        for worker in workers:
+            worker.join()
+    one, two = (statistics.median(wall[count]) for count in (1, 2))
+    return dict(n=2 * n, wall_seconds={"one": one, "two": two}, speedup=one / two)
+
+
+def work(path: str, n: int, batch: int, results) -> None:
+    """One of the processes."""
+    torch.set_num_threads(1)
+    seconds = []
+    with run.joined():
+        side = Side(sides_of(path, n, "DPO", batch, plain=False)[1]["ours"])
+        for _ in range(n + 1):
+            began = time.perf_counter()
+            side.step()
+            seconds.append(time.perf_counter() - began)
+    if not run.RANK:
+        results.put(seconds[1:])
+
+
 def peak(path: str, n: int, name: str) -> int:
     """What memory() does in a process of its own."""
     measure({name: sides_of(path, n, "DPO", 4)[1][name]}, n + 1)
@@ -442,9 +479,20 @@ ROWS: dict[str, tuple[Callable, str, int, dict]] = {
     "HyPO step, gpt2-small": (step, "small", 10, dict(algorithm="HyPO", batch=4, max_new_tokens=24)),
     "PPO step, gpt2-small": (step, "small", 10, dict(algorithm="PPO", batch=8)),
     "memory of DPO steps, gpt2-small": (memory, "small", 2, {}),
+    "two processes, DPO step, gpt2-small": (processes, "small", 5, dict(batch=8)),
 }
-WITHOUT = {name: (pieces, *row[1:3], {key: value for key, value in row[3].items() if key != "plain"})
-           for name, row in ROWS.items() if re.match("(DPO|online DPO|HyPO) step[^T]*$", name) and "bfloat" not in name}
+WITHOUT = {  # fast.py without one of its pieces
+    "DPO step, gpt2-small": (pieces, "small", 10, dict(algorithm="DPO", batch=4)),
+    "DPO step, tiny": (pieces, "tiny", 30, dict(algorithm="DPO", batch=64)),
+    "online DPO step, gpt2-small": (pieces, "small", 4, dict(algorithm="OnlineDPO", batch=8)),
+    "online DPO step, tiny": (pieces, "tiny", 20, dict(algorithm="OnlineDPO", batch=64)),
+    "HyPO step, tiny": (pieces, "tiny", 20, dict(algorithm="HyPO", batch=64, max_new_tokens=24)),
+}
+
+
+# what a row should reach: peer / ours, at the median
+GOALS = {"DPO step, gpt2-small": 4, "DPO step, tiny": 3, "online DPO step, 2 samples a prompt, gpt2-small": 2.2,
+         "sampling, gpt2-small, batch 8": 1.3, "sampling, tiny, batch 64": 2.5, "PPO step, gpt2-small": 1}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -459,8 +507,9 @@ def hardware() -> dict:
 
 
 def table(report: dict) -> str:
-    """The ratios as Markdown."""
-    lines = ["| | peer | ours, s | peer / ours [quartiles] | plain forms / ours | n |",
+    """The machine, and the ratios as Markdown; a ratio under its row's goal is said to be so."""
+    lines = ["Measured on " + ", ".join(f"{name} {value}" for name, value in report["hardware"].items()) + ":", "",
+             "| | peer | ours, s | peer / ours [quartiles] | plain forms / ours | n |",
              "| --- | --- | ---: | ---: | ---: | ---: |"]
     for name in ROWS:
         row = report["rows"].get(name, {})
@@ -469,7 +518,8 @@ def table(report: dict) -> str:
         seconds, (low, middle, high) = row["cpu_seconds"], row["ratio"]["ours"]
         peer = next(PEERS[side] for side in PEERS if side in seconds)
         plain = f"{seconds['plain'] / seconds['ours']:.2f}" if "plain" in seconds else ""
-        lines.append(f"| {name} | {peer} | {seconds['ours']:.3g} | {middle:.2f} [{low:.2f}, {high:.2f}] "
+        goal = f", under the goal of {GOALS[name]}" if middle < GOALS.get(name, 0) else ""
+        lines.append(f"| {name} | {peer} | {seconds['ours']:.3g} | {middle:.2f} [{low:.2f}, {high:.2f}]{goal} "
                      f"| {plain} | {row['n']} |")
     return "\n".join(lines)
 
@@ -499,13 +549,13 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=rows_named, metavar="PATTERN", default=[*ROWS],
                         help="rows whose names match this regular expression (default: all)")
-    parser.add_argument("--pieces", action="store_true", help="what each piece of fast.py gains in a training step")
+    parser.add_argument("--pieces", action="store_true", help="five training steps without one piece of fast.py each")
     parser.add_argument("--n", type=run.number(int, 1, 10**4),
                         help="steps of each row (default: 2 to 30, each row's own)")
     parser.add_argument("--out", type=Path, default=Path("runs/bench.json"), help="the file of figures, made anew "
                         "(default runs/bench.json; the published ones are in results/bench.json)")
     args = parser.parse_args(argv)
-    rows = {name: row for name, row in (WITHOUT if args.pieces else ROWS).items() if name in args.only}
+    rows = WITHOUT if args.pieces else {name: ROWS[name] for name in args.only}
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     report: dict = {"rows": {}, "hardware": hardware()}

@@ -113,19 +113,24 @@ def chosen(rows: list[dict], arm: str) -> str:
 
 
 def table(rows: list[dict]) -> str:
-    """Every setting: means over the seeds; the chosen one in bold, with its spread under rounding."""
-    lines = ["| arm | setting | win rate | sd over seeds | KL | CPU s | sd under rounding |",
-             "| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
+    """Win rate and KL of every setting, a line an arm (and lam); then what is known of each arm's choice."""
+    grid = [f"--steps {steps} --lr {rate}" for steps in STEPS for rate in RATES]
+    lines = ["| win rate (KL, nats) | " + " | ".join(point.replace("--", "") for point in grid) + " |",
+             "| --- |" + " ---: |" * len(grid)]
+    for arm in ARMS:
+        for lam in dict.fromkeys(flags.partition(" --lam ")[2] for flags in settings_of(arm)):
+            cells = [f"{mean(runs, 'win_rate'):.3f} ({mean(runs, 'reverse_kl'):.1f})" for runs in (
+                runs_of(rows, arm, point + f" --lam {lam}" * bool(lam)) for point in grid)]
+            lines.append(f"| {arm}{', lam ' * bool(lam)}{lam} | {' | '.join(cells)} |")
+    lines += ["", "| chosen | | win rate, sd over seeds | KL | CPU s | sd under rounding |",
+              "| --- | --- | ---: | ---: | ---: | ---: |"]
     for arm in ARMS:
         best = chosen(rows, arm)
-        for flags in settings_of(arm):
-            runs, again = runs_of(rows, arm, flags), runs_of(rows, arm, flags, rounded=True)
-            spreads = [f"{statistics.stdev(row['win_rate'] for row in some):.3f}" if some else ""
-                       for some in (runs, again)]
-            bold = "**" if flags == best else ""
-            means = f"{mean(runs, 'reverse_kl'):.1f} | {mean(runs, 'cpu_seconds'):.0f}"
-            lines.append(f"| {arm} | {bold}{flags.replace('--', '')}{bold} | {mean(runs, 'win_rate'):.3f} | "
-                         f"{spreads[0]} | {means} | {spreads[1]} |")
+        runs, again = runs_of(rows, arm, best), runs_of(rows, arm, best, rounded=True)
+        spread, rounding = ([row["win_rate"] for row in some] for some in (runs, again))
+        lines.append(f"| {arm} | `{best}` | {mean(runs, 'win_rate'):.3f}, {statistics.stdev(spread):.3f} | "
+                     f"{mean(runs, 'reverse_kl'):.1f} | {mean(runs, 'cpu_seconds'):.0f} | "
+                     f"{statistics.stdev(rounding):.3f} |")
     return "\n".join(lines)
 
 

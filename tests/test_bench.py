@@ -5,6 +5,7 @@ import time
 from functools import partial
 
 import pytest
+import torch
 
 import fast
 import hypo
@@ -108,6 +109,32 @@ def test_an_error_in_a_side_is_an_error_of_the_bench():
         bench.measure({"ours": train}, 2)
 
 
+def test_without_a_piece_of_fast_py_the_results_are_the_same_and_more_is_computed(model_dir, monkeypatch):
+    tokens, forward = [], type(lm.LM.load(str(model_dir)).model.base_model).forward
+
+    def spy(self, ids, *args, **more):
+        tokens.append(ids.numel())
+        return forward(self, ids, *args, **more)
+
+    prompts = [[3 + n] * n for n in range(1, 13)] * 2
+    monkeypatch.setattr(type(lm.LM.load(str(model_dir)).model.base_model), "forward", spy)
+    results, counts = {}, {}
+    for name, kind in bench.PIECES.items():
+        policy = kind.load(str(model_dir), batch_size=8)
+        tokens.clear()
+        responses = policy.sample(prompts, 20, torch.Generator().manual_seed(0))
+        counts[name], start = [sum(tokens)], len(tokens)
+        results[name] = responses, policy.logps(prompts, responses).tolist()
+        counts[name].append(sum(tokens[start:]))
+    for name, (responses, logps) in results.items():
+        assert responses == results["ours"][0] and logps == pytest.approx(results["ours"][1], abs=1e-4), name
+    sampled, scored = ({name: count[i] > counts["ours"][i] for name, count in counts.items()} for i in (0, 1))
+    assert {name for name in counts if scored[name]} == {
+        "packed log-probs", "several prompts in a row", "a prompt read once"}
+    assert {name for name in counts if sampled[name]} == {
+        "the sampler", "a prompt read once", "ended responses left behind"}
+
+
 @pytest.mark.parametrize("argv, sentence", [
     (["--only", "zebra"], "--only: no row's name matches 'zebra'"), (["--only", "("], "--only: '(' is no regular"),
     (["--n", "0"], "--n: must be a whole number of at least 1")])
@@ -125,7 +152,7 @@ def test_a_file_that_cannot_be_written_is_known_before_the_hour(tmp_path, monkey
 
 def test_the_table_has_a_line_for_each_published_row_and_every_one_can_be_measured_again():
     report = json.loads(bench.RESULTS.read_text(encoding="utf-8"))
-    lines = bench.table(report).splitlines()[2:]
+    lines = bench.table(report).splitlines()[4:]
     timed = {name for name, row in report["rows"].items() if "cpu_seconds" in row}
     assert {line.split(" | ")[0].removeprefix("| ") for line in lines} == timed
     assert "| HyPO step, tiny | plain forms | 0.0953 | 1.77 [1.70, 1.81] | 1.73 | 30 |" in lines
