@@ -7,10 +7,12 @@ from functools import partial
 import pytest
 import torch
 
+import data
 import fast
 import hypo
 import lm
 import run
+import world
 from experiments import bench
 
 ALGORITHMS = ["DPO", "OnlineDPO", "HyPO", "Reward", "PPO", "RLOO"]
@@ -109,18 +111,20 @@ def test_an_error_in_a_side_is_an_error_of_the_bench():
         bench.measure({"ours": train}, 2)
 
 
-def test_without_a_piece_of_fast_py_the_results_are_the_same_and_more_is_computed(model_dir, monkeypatch):
-    tokens, forward = [], type(lm.LM.load(str(model_dir)).model.base_model).forward
+def test_without_a_piece_of_fast_py_the_results_are_the_same_and_more_is_computed(monkeypatch):
+    path, tokens = str(data.tiny_directory()), []
+    network = type(lm.LM.load(path).model.base_model)
+    forward = network.forward
 
     def spy(self, ids, *args, **more):
         tokens.append(ids.numel())
         return forward(self, ids, *args, **more)
 
-    prompts = [[3 + n] * n for n in range(1, 13)] * 2
-    monkeypatch.setattr(type(lm.LM.load(str(model_dir)).model.base_model), "forward", spy)
+    prompts = [*map(lm.LM.load(path).encode_prompt, world.world_prompts()[0][:24])] * 2
+    monkeypatch.setattr(network, "forward", spy)
     results, counts = {}, {}
     for name, kind in bench.PIECES.items():
-        policy = kind.load(str(model_dir), batch_size=8)
+        policy = kind.load(path, batch_size=16)
         tokens.clear()
         responses = policy.sample(prompts, 20, torch.Generator().manual_seed(0))
         counts[name], start = [sum(tokens)], len(tokens)
