@@ -1,7 +1,7 @@
 """HyPO, Hybrid Preference Optimization: the DPO loss on offline pairs plus the reverse KL online.
 
-    python hypo.py                                  # the built-in world, minutes on a laptop
-    python hypo.py --lam 0                          # DPO: the same policy as dpo.py, to the byte
+    python hypo.py                                  # the built-in world, half a minute on a laptop
+    python hypo.py --lam 0 --lr 1e-3                # DPO: the same policy as dpo.py, to the byte
     python hypo.py --model gpt2                     # film reviews, see recipes/README.md
     python hypo.py --model gpt2 --data pairs.jsonl  # or your own preferences
 
@@ -110,7 +110,7 @@ def main(argv=None, begin=data.start):
         "samples; 0 is DPO (default 0.004)")
     add("--k", type=run.COUNT, default=2, help="online samples a prompt; 1 is Algorithm 1 as printed, more "
         "subtract the leave-one-out mean (default 2)")
-    args = run.parse(parser, argv, lambda args: "hypo")
+    args = run.parse(parser, argv, lambda args: "hypo", tiny_lr=2e-3)
     with run.working(args):
         start = begin(args)  # pi_ref, pairs, prompts, judges
         run.prepare(args, start.inputs())

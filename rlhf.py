@@ -357,8 +357,8 @@ def main(argv=None, begin=data.start):
     """The command. begin: args -> data.Start; the studies begin with pairs of their own."""
     parser, add = run.parser(__doc__, beta=run.NUMBER)
     add_flags(add)
-    parser.set_defaults(judge="reward", steps=120, eval_every=20)
-    args = run.parse(parser, argv, lambda args: "rloo" if args.rloo else "ppo", useless)
+    parser.set_defaults(judge="reward")
+    args = run.parse(parser, argv, lambda args: "rloo" if args.rloo else "ppo", useless, tiny_lr=4e-3)
     if args.rloo and args.k < 2:
         parser.error(f"--rloo needs --k of at least 2, got {args.k}")
     if args.minibatches > args.batch_size:

@@ -124,10 +124,11 @@ def parser(doc: str | None, beta: Callable = POSITIVE):
     p = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     of_algorithm = add = p.add_argument_group("the algorithm").add_argument
-    add("--steps", type=COUNT, default=400, help="optimizer steps (default 400; rlhf.py 120)")
+    add("--steps", type=COUNT, help="optimizer steps, over which the learning rate falls in a line to 0 "
+        "(default 100 for tiny, else 200)")
     add("--batch-size", type=COUNT, help="preference pairs in a step (default 64 for tiny, else 16)")
-    add("--lr", type=POSITIVE, help="learning rate of AdamW at the first step; it falls in a line to 0 "
-        "(default 5e-4 for tiny, else 2e-5; with --train-layers try 1e-4)")
+    add("--lr", type=POSITIVE, help="AdamW's learning rate in the first step (default for tiny 1e-3, "
+        "in hypo.py 2e-3, in rlhf.py 4e-3; else 2e-5; with --train-layers try 1e-4)")
     add("--beta", type=beta, default=0.1, help="the larger, the closer to pi_ref (default 0.1)")
     add("--max-grad-norm", type=POSITIVE, default=1.0, help="clip the gradient's norm (default 1)")
 
@@ -156,8 +157,8 @@ def add_run_flags(p: argparse.ArgumentParser) -> None:
     """The flags that say how a run is watched and where it runs."""
     add = p.add_argument_group("the run").add_argument
     add("--seed", type=SEED, default=0, help="decides everything random (default 0)")
-    add("--eval-every", type=COUNT, default=50, help="evaluate and checkpoint every this many steps "
-        "(default 50; rlhf.py 20)")
+    add("--eval-every", type=COUNT, help="evaluate and checkpoint every this many steps (default: a "
+        "quarter of --steps)")
     add("--eval-samples", type=COUNT, help="responses to evaluate (default 512 for tiny, else 64)")
     add("--out", type=Path, help="the run's directory (default runs/ and the algorithm's name)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out, exactly")
@@ -182,10 +183,12 @@ def is_task(data: str | None) -> bool:
     return data is not None and os.path.isfile(os.path.join(data, "task.json"))
 
 
-def parse(p: argparse.ArgumentParser, argv, algorithm: Callable, useless: Callable | None = None):
+def parse(p: argparse.ArgumentParser, argv, algorithm: Callable, useless: Callable | None = None,
+          tiny_lr: float = 1e-3):
     """Checked arguments, every default filled in. algorithm: function args -> the run's name.
 
     useless: function args -> {flag: why it would have no effect}; a flag that is given is refused.
+    tiny_lr: default of --lr for the built-in model.
     """
     args = p.parse_args(argv)
     tiny = args.model == "tiny"
@@ -206,7 +209,7 @@ def parse(p: argparse.ArgumentParser, argv, algorithm: Callable, useless: Callab
     for name, why in unused.items():
         if getattr(given, name):
             p.error(f"--{name.replace('_', '-')} would have no effect: {why}")
-    fill_in(args, has_prompts)
+    fill_in(args, has_prompts, tiny_lr)
     if args.dtype == "bfloat16" and not has_bfloat16(args.device):
         print(f"--dtype float32: {args.device} has no bfloat16 of its own and would be far slower")
         args.dtype = "float32"
@@ -221,7 +224,7 @@ def parse(p: argparse.ArgumentParser, argv, algorithm: Callable, useless: Callab
     return args
 
 
-def fill_in(args, has_prompts: bool) -> None:
+def fill_in(args, has_prompts: bool, tiny_lr: float) -> None:
     """The defaults that depend on other flags."""
     tiny = args.model == "tiny"
     if args.device is None:
@@ -229,7 +232,8 @@ def fill_in(args, has_prompts: bool) -> None:
                        "mps" if torch.backends.mps.is_available() and not tiny else "cpu")
     of_a_run = os.path.exists(Path(args.model).parent / "summary.json")  # already fine-tuned
     defaults = dict(
-        pairs=400 if tiny else 1000, batch_size=64 if tiny else 16, lr=5e-4 if tiny else 2e-5,
+        pairs=400 if tiny else 1000, batch_size=64 if tiny else 16,
+        steps=100 if tiny else 200, lr=tiny_lr if tiny else 2e-5,
         eval_samples=512 if tiny else 64,
         max_new_tokens=24 if has_prompts else None,  # a file has its own, see data.pairs_of_file
         sft_steps=200 if has_prompts and not tiny and not of_a_run else 0,
@@ -239,6 +243,7 @@ def fill_in(args, has_prompts: bool) -> None:
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    args.eval_every = args.eval_every or math.ceil(args.steps / 4)
 
 
 def has_bfloat16(device: str) -> bool:

@@ -344,6 +344,8 @@ def test_every_metric_of_the_glossary_is_in_the_sources():
 def test_tables_made_by_code_are_what_the_code_makes():
     bench = importlib.import_module("experiments.bench")
     assert bench.table(json.loads(read("results/bench.json"))) in read("docs/speed.md")
+    sweep = importlib.import_module("experiments.sweep")
+    assert sweep.table(sweep.read(sweep.RESULTS)) in read("docs/details.md")
     coverage = importlib.import_module("coverage")
     theory = read("docs/theory.md")
     assert textwrap.dedent(coverage.worked_example()) in theory
