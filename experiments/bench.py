@@ -479,7 +479,7 @@ ROWS: dict[str, tuple[Callable, str, int, dict]] = {
     "HyPO step, gpt2-small": (step, "small", 10, dict(algorithm="HyPO", batch=4, max_new_tokens=24)),
     "PPO step, gpt2-small": (step, "small", 10, dict(algorithm="PPO", batch=8)),
     "memory of DPO steps, gpt2-small": (memory, "small", 2, {}),
-    "two processes, DPO step, gpt2-small": (processes, "small", 5, dict(batch=8)),
+    "two processes, DPO step, gpt2-small": (processes, "small", 2, dict(batch=16)),
 }
 WITHOUT = {  # fast.py without one of its pieces
     "DPO step, gpt2-small": (pieces, "small", 10, dict(algorithm="DPO", batch=4)),
