@@ -159,6 +159,6 @@ def test_the_table_has_a_line_for_each_published_row_and_every_one_can_be_measur
     lines = bench.table(report).splitlines()[4:]
     timed = {name for name, row in report["rows"].items() if "cpu_seconds" in row}
     assert {line.split(" | ")[0].removeprefix("| ") for line in lines} == timed
-    assert "| HyPO step, tiny | plain forms | 0.0953 | 1.77 [1.70, 1.81] | 1.73 | 30 |" in lines
-    assert "| DPO step, gpt2-small | TRL | 2.75 | 3.93 [3.65, 4.51] | 1.60 | 10 |" in lines
+    assert "| DPO step, tiny | TRL | 0.0488 | 3.03 [2.88, 3.37] | 1.71 | 30 |" in lines
+    assert "| DPO step, gpt2-small | TRL | 9.17 | 3.41 [3.07, 3.51], under the goal of 4 | 1.34 | 4 |" in lines
     assert timed <= set(bench.ROWS)
