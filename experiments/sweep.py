@@ -12,7 +12,8 @@ farther from pi_ref than the 5.4 nats that its default had before. The choice si
 command the rate with the best mean over its arms; and of HyPO's settings only those within 5.4 nats.
 
 The chosen run of the first seed is repeated ROUNDINGS times, its weights moved by 1e-7 of themselves after the first
-step: how far does the end of a run hang on the last bits?
+step: how far does the end of a run hang on the last bits? The same is asked of `python hypo.py` as it is, on seeds 0
+to 9, which chose nothing.
 """
 
 import argparse
@@ -45,6 +46,7 @@ ARMS = {"hypo": (hypo, ""), "dpo": (dpo, ""), "online dpo": (dpo, "--sampling on
         "online ipo": (dpo, "--loss ipo --sampling online"), "ppo": (rlhf, ""), "rloo": (rlhf, "--rloo")}
 STEPS, RATES, LAMS = (50, 100, 200), ("1e-3", "2e-3", "4e-3"), (0.002, 0.004, 0.008)
 SEEDS, ROUNDINGS = range(100, 104), 8
+DEFAULT, DEFAULT_SEEDS = ("hypo", ""), range(10)  # python hypo.py, without a flag but --seed
 
 
 def settings_of(arm: str) -> list[str]:
@@ -140,6 +142,12 @@ def table(rows: list[dict]) -> str:
         lines.append(f"| {arm} | `{best}` | {mean(runs, 'win_rate'):.3f}, {statistics.stdev(spread):.3f} | "
                      f"{mean(runs, 'reverse_kl'):.1f} | {mean(runs, 'cpu_seconds'):.0f} | "
                      f"{statistics.stdev(rounding):.3f} |")
+    runs, again = (runs_of(rows, *DEFAULT, rounded=moved) for moved in (False, True))
+    of_seeds, of_roundings = ([row["win_rate"] for row in some] for some in (runs, again))
+    lines += ["", f"`python hypo.py`, seeds 0 to {len(runs) - 1}: win rate {statistics.mean(of_seeds):.3f}, from "
+              f"{min(of_seeds):.3f} to {max(of_seeds):.3f}; KL {mean(runs, 'reverse_kl'):.1f}. Seed 0 under "
+              f"{len(again)} roundings: from {min(of_roundings):.3f} to {max(of_roundings):.3f}, standard deviation "
+              f"{statistics.stdev(of_roundings):.3f}."]
     return "\n".join(lines)
 
 
@@ -152,7 +160,10 @@ def main() -> None:
         data.tiny_directory()  # made once, before the workers look for it
         work([(arm, flags, seed, 0) for arm in ARMS for flags in settings_of(arm) for seed in SEEDS], args.results)
         rows = read(args.results)
-        work([(arm, chosen(rows, arm), SEEDS[0], n) for arm in ARMS for n in range(1, ROUNDINGS + 1)], args.results)
+        moved = range(1, ROUNDINGS + 1)
+        work([(arm, chosen(rows, arm), SEEDS[0], n) for arm in ARMS for n in moved]
+             + [(*DEFAULT, seed, 0) for seed in DEFAULT_SEEDS]
+             + [(*DEFAULT, DEFAULT_SEEDS[0], n) for n in moved], args.results)
     print(table(read(args.results)))
 
 

@@ -341,6 +341,22 @@ def test_every_metric_of_the_glossary_is_in_the_sources():
     assert len(names) > 40 and not {name for name in parts if name not in sources}
 
 
+@pytest.mark.parametrize("arm", ["hypo", "dpo", "online dpo", "ipo", "online ipo", "ppo", "rloo"])
+def test_the_defaults_are_what_the_sweep_chose(arm, tmp_path):
+    sweep = importlib.import_module("experiments.sweep")
+    command, flags = sweep.ARMS[arm]
+    taken = []
+
+    def begin(args):
+        taken.append(args)
+        raise KeyboardInterrupt  # it needs no run
+
+    with pytest.raises(KeyboardInterrupt):
+        command.main([*flags.split(), "--out", str(tmp_path / "run")], begin)
+    words = sweep.chosen(sweep.read(sweep.RESULTS), arm).split()
+    assert {name: getattr(taken[0], name[2:]) for name in words[::2]} == dict(zip(words[::2], map(float, words[1::2])))
+
+
 def test_tables_made_by_code_are_what_the_code_makes():
     bench = importlib.import_module("experiments.bench")
     assert bench.table(json.loads(read("results/bench.json"))) in read("docs/speed.md")
