@@ -547,7 +547,7 @@ def rows_named(pattern: str) -> list[str]:
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", type=rows_named, metavar="PATTERN", default=[*ROWS],
+    parser.add_argument("--only", type=rows_named, metavar="PATTERN",
                         help="rows whose names match this regular expression (default: all)")
     parser.add_argument("--pieces", action="store_true", help="five training steps without one piece of fast.py each")
     parser.add_argument("--n", type=run.number(int, 1, 10**4),
@@ -555,7 +555,9 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default=Path("runs/bench.json"), help="the file of figures, made anew "
                         "(default runs/bench.json; the published ones are in results/bench.json)")
     args = parser.parse_args(argv)
-    rows = WITHOUT if args.pieces else {name: ROWS[name] for name in args.only}
+    if args.pieces and args.only:
+        parser.error("--only would have no effect: --pieces has rows of its own")
+    rows = WITHOUT if args.pieces else {name: ROWS[name] for name in args.only or ROWS}
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     report: dict = {"rows": {}, "hardware": hardware()}

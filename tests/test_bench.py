@@ -141,6 +141,7 @@ def test_without_a_piece_of_fast_py_the_results_are_the_same_and_more_is_compute
 
 @pytest.mark.parametrize("argv, sentence", [
     (["--only", "zebra"], "--only: no row's name matches 'zebra'"), (["--only", "("], "--only: '(' is no regular"),
+    (["--pieces", "--only", "tiny"], "--only would have no effect"),
     (["--n", "0"], "--n: must be a whole number of at least 1")])
 def test_flags_that_cannot_be_are_refused(argv, sentence, capsys):
     with pytest.raises(SystemExit):
