@@ -600,19 +600,19 @@ def test_settings_hold_everything_that_decides_a_run(model_dir):
 
 @pytest.mark.law
 def test_the_learning_rate_falls_in_a_line_to_0(tmp_path):
-    """Each group's from its own; a run that goes on has the rate of an uninterrupted one."""
-    def rates(steps, **more):
+    """Each group's from its own; a run that goes on has the rates of an uninterrupted one."""
+    def rates(steps: int, resume: bool = False):
         one, two = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
         optimizer = torch.optim.AdamW([{"params": [one], "lr": 1.0}, {"params": [two], "lr": 2.0}])
         trained = torch.nn.ParameterList([one, two])
-        args = SimpleNamespace(out=tmp_path, steps=10, eval_every=4, device="cpu", resume=False, **more)
-        args.resume = bool(more)
+        args = SimpleNamespace(out=tmp_path, steps=10, eval_every=4, device="cpu", resume=resume)
         for step in islice(run.loop(args, trained, optimizer, lambda _: {}), steps):
             yield step.number, *(group["lr"] for group in optimizer.param_groups)
             step.log(loss=0.0)
     whole = list(rates(10))
     assert whole == [(n, pytest.approx((11 - n) / 10), pytest.approx((11 - n) / 5)) for n in range(1, 11)]
     assert list(rates(6)) == whole[:6]
+    assert list(rates(10, resume=True)) == whole[4:], "from the checkpoint of step 4"
 
 
 @pytest.mark.law
