@@ -19,9 +19,10 @@ the question of Tang et al. 2024 (arXiv 2405.08448): loss, reference and loop st
 differ, too: offline they are drawn from Bradley-Terry, online the judge's larger reward always wins.
 
 Left out or different: the losses are means over the minibatch where papers write sums; the learning
-rate falls in a line to 0; the gradient's norm is clipped. IPO's target is 1/(2 beta) on summed log-ratios: a
-larger beta then holds the policy closer, as it does everywhere else. (The slides print beta/2, with
-which it would hold less; some libraries divide log-ratios by the length: --length-average.)
+rate falls in a line to 0; the gradient's norm is clipped. IPO's target is 1/(2 beta) on summed
+log-ratios: a larger beta then holds the policy closer, as it does everywhere else. (The slides print
+beta/2, with which it would hold less; some libraries divide log-ratios by the length:
+--length-average.)
 """
 
 import functools

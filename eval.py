@@ -58,8 +58,8 @@ def implicit_reward_metrics(policy: LM, pairs) -> dict:
     batches = [policy.logratios(pairs[i:i + n])
                for i in progress(range(0, len(pairs), n), "held-out pairs", "batches")]
     chosen, rejected = (torch.cat(side) for side in zip(*batches))  # (N,), (N,)
-    gap = chosen - rejected
-    correct = torch.where(gap.abs() < 1e-4, 0.5, (gap > 0).float())  # 1/2 at step 0, where it is rounding
+    gap = chosen - rejected  # at step 0 it is rounding, which is a tie
+    correct = torch.where(gap.abs() < 1e-4, 0.5, (gap > 0).float())
     return {"accuracy": correct.mean().item(), "chosen_logratio": chosen.mean().item(),
             "rejected_logratio": rejected.mean().item()}
 

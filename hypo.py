@@ -24,11 +24,11 @@ policy free, and its KL to pi_ref may grow without bound. The second term holds 
 pi_ref at the policy's own samples. This term needs neither labels nor a reward model.
 
 Different here: we minimise, so loss_dpo = -l_dpo, and line 6 descends on loss_dpo + lam * loss_kl.
-AdamW takes the step, with a clipped gradient, at a rate that falls in a line to 0. D_on has k samples
-for each of the minibatch's prompts. Sums are means, so --lam is k times the box's lambda. With --k 1
-the samples enter as line 5 prints it. With k >= 2 the mean log-ratio of the prompt's other samples is
-subtracted from the weight (leave-one-out), as in the paper's experiments: the same expected gradient,
-usually less noise.
+AdamW takes the step, with a clipped gradient, at a rate that falls in a line to 0. D_on has k
+samples for each of the minibatch's prompts. Sums are means, so --lam is k times the box's lambda.
+With --k 1 the samples enter as line 5 prints it. With k >= 2 the mean log-ratio of the prompt's other
+samples is subtracted from the weight (leave-one-out), as in the paper's experiments: the same
+expected gradient, usually less noise.
 """
 
 import torch

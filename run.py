@@ -401,7 +401,8 @@ def refuse_other_settings(args) -> None:
     differ = [f"--{key.replace('_', '-')} {then.get(key)} (now {now.get(key)})"
               for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
     if differ:
-        why = " (the learning rate falls to 0 over --steps)" if then.get("steps") != now.get("steps") else ""
+        other_length = then.get("steps") != now.get("steps")
+        why = " (the learning rate falls to 0 over --steps)" * other_length
         raise UserError(f"--resume: {args.out} was run with other settings{why}: {', '.join(differ)}; "
                         "give those again, or start afresh with another --out")
 
@@ -414,7 +415,7 @@ def prepare(args, inputs: dict) -> Path | None:
     out, aside = args.out, None
     wait()  # until all have read what is there
     if RANK:
-        wait()
+        wait()  # until the first is done
         return None
     if args.resume and (out / "checkpoint.pt").exists():
         then = read_json(out / "inputs.json")
@@ -543,7 +544,9 @@ def shared(method: Callable, *args):
     rows = dealt[RANK] or [0]  # a process without a row takes one, for nothing
     done = method(*(arg if not has else arg[rows] if isinstance(arg, torch.Tensor)
                     else [arg[row] for row in rows] for arg, has in zip(args, has_rows)))
-    return tuple(gathered(x, dealt) for x in done) if isinstance(done, tuple) else gathered(done, dealt)
+    if isinstance(done, tuple):
+        return tuple(gathered(part, dealt) for part in done)
+    return gathered(done, dealt)
 
 
 def gathered(mine, dealt: list[list[int]]):
@@ -555,7 +558,8 @@ def gathered(mine, dealt: list[list[int]]):
         row: value for rows, part in zip(dealt, parts) for row, value in zip(rows, part)}
     if not tensor:
         return [of_row[row] for row in sorted(of_row)]
-    of_row = {row: mine.new_tensor(value) for row, value in of_row.items()} | dict(zip(dealt[RANK], mine))
+    of_row = {row: mine.new_tensor(value) for row, value in of_row.items()}
+    of_row |= zip(dealt[RANK], mine)
     rows = [of_row[row] for row in sorted(of_row)]
     whole = pad_sequence(rows, batch_first=True) if mine.dim() > 1 else torch.stack(rows)
     # a process without a row has a backward pass, too
