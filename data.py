@@ -36,7 +36,7 @@ import fast
 import lm
 import run
 import world
-from judges import load_judge
+from judges import judged_samples, load_judge
 from lm import LM, Encoded, Prompt, text_of
 from rows import (
     Pair,
@@ -56,6 +56,7 @@ from run import UserError, is_task
 TINY = dict(layers=2, width=64, heads=4, positions=64, seed=0)
 TINY_SFT: dict = dict(steps=300, batch_size=64, lr=8e-3, seed=0)
 SFT: dict = dict(batch_size=16, lr=5e-5, seed=0)  # of pretrained models
+TINY_SAMPLES = 8192  # of pi_ref, which evaluations compare with; of another model --eval-samples
 
 
 class Start(NamedTuple):
@@ -69,6 +70,7 @@ class Start(NamedTuple):
     label: world.Judge | None  # labels what the policy writes while it trains (--judge)
     outcome: world.Judge | None  # measures, in every evaluation
     second: world.Judge | None  # measures, too, and labels nothing
+    samples: list[dict] | None = None  # pi_ref's to the held-out prompts in turn; None: drawn when needed
     more: Callable | None = None  # (policy, rows of responses.jsonl) -> further metrics
 
     def inputs(self) -> dict:
@@ -90,7 +92,8 @@ def start(args) -> Start:
     policy = load_policy(args, str(tiny_directory(args.device)) if tiny else reference(args))
     ref = policy.frozen_copy()
     rows = preferences(args, ref, outcome)
-    return Start(run.share(policy), run.share(ref), *rows, label, outcome, second)
+    samples = samples_of(args, ref, rows[3], outcome, second, TINY_SAMPLES if tiny else args.eval_samples)
+    return Start(run.share(policy), run.share(ref), *rows, label, outcome, second, samples)
 
 
 @contextlib.contextmanager
@@ -272,6 +275,23 @@ def preferences(args, ref: LM, judge) -> tuple[
             raise UserError(f"{file} holds {len(pairs)} pairs, not {args.pairs} + {n_held_out}; "
                             "delete it, and it will be made again")
     return pairs[:args.pairs], prompts, pairs[args.pairs:], held_out_prompts
+
+
+def samples_of(args, ref: LM, prompts: Sequence[Prompt], outcome, second, n: int) -> list[dict]:
+    """n samples of pi_ref to the held-out prompts in turn, judged: drawn once, for runs of all seeds."""
+    n = max(n, args.eval_samples)
+    file = cached("samples", [
+        fingerprint(ref.source), prompts, *(judge and fingerprint(judge.name) for judge in (outcome, second)),
+        n, args.max_new_tokens, args.dtype, args.device, args.plain, args.batch_size, torch.__version__],
+        lambda file: run.write_rows(file, judged_samples(
+            ref, (list(prompts) * n)[:n], args.max_new_tokens, run.seed_of("pi_ref"), outcome, second), "HYPO_CACHE"))
+    return read_once(file)
+
+
+@functools.cache
+def read_once(file: Path) -> list[dict]:
+    """The rows of a file that does not change."""
+    return run.read_rows(file)
 
 
 def collect(respond: Callable, prompts: Sequence[Prompt], n: int, seed: int, judge: world.Judge,

@@ -6,8 +6,9 @@
     python eval.py runs/hypo --prompts FILE        # or on prompts of one's own, one a line
     python eval.py runs/hypo --ask "The plot was"  # what it and pi_ref answer to that
 
-A run is evaluated while it trains, on prompts it never trains on, always the same, with the same
-random seed and the same opponent, pi_ref's responses. Training reads none of these numbers.
+A run is evaluated while it trains, on prompts it never trains on, always with the same random
+numbers. Its opponent is pi_ref's distribution: many samples, drawn once for runs of all seeds.
+Training reads none of these numbers.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 
 import run
-from judges import load_judge
+from judges import judged_samples, load_judge, logps_of
 from lm import LM, Prompt, Refused, card_of, message, progress, text_of
 from rows import prompt_ids, prompt_of, read_objects
 from run import UserError
@@ -32,6 +33,7 @@ from run import UserError
 COLORS = {"hypo": "#c2410c", "dpo": "#1d4ed8", "online dpo": "#7c3aed", "iterative dpo": "#4d7c0f",
           "ppo": "#15803d", "ipo": "#0e7490", "online ipo": "#be185d", "iterative ipo": "#a16207",
           "rloo": "#0f766e", "bo2": "#6b7280", "online bo2": "#111827", "iterative bo2": "#9a3412"}
+OPTIMA = torch.logspace(math.log10(4), -1, 30).tolist()  # the b of the frontier, from 4 down to .1
 
 
 # ---- measures
@@ -41,6 +43,44 @@ def win_rate(rewards, opponent_rewards) -> tuple[float, tuple[float, float]]:
     n = len(rewards)
     wins = sum(0.5 * (a == b) + (a > b) for a, b in zip(rewards, opponent_rewards, strict=True))
     return wins / n, wilson_interval(wins, n)
+
+
+def win_rate_over(rewards, ref_rewards, n_prompts: int) -> tuple[float, tuple[float, float]]:
+    """Win rate against pi_ref's distribution: a response meets all that pi_ref says to its prompt.
+
+    rewards: of the responses to n_prompts prompts in turn, again and again; ref_rewards likewise.
+    The interval is that of one comparison a response, which is a little too wide.
+    """
+    meets = [ref_rewards[i % n_prompts::n_prompts] for i in range(len(rewards))]
+    wins = sum(win_rate([r] * len(theirs), theirs)[0] for r, theirs in zip(rewards, meets))
+    return wins / len(rewards), wilson_interval(wins, len(rewards))
+
+
+def off_support(logps, ref_logps) -> float:
+    """Share of responses that pi_ref all but never writes, by log pi_ref(y|x) of each, nats.
+
+    They lie under the 0.1 % quantile of pi_ref's own samples, or of few samples under the lowest.
+    Data that pi_ref wrote do not cover them (docs/theory.md), and no reward model has seen any.
+    """
+    floor = sorted(ref_logps)[len(ref_logps) // 1000]
+    return sum(logp < floor for logp in logps) / len(logps)
+
+
+def frontier(rewards) -> list[tuple[float, float, float]]:
+    """(KL, win rate, mean reward) of the best policies there are, from the rewards of pi_ref's samples.
+
+    The optimum of V - b KL is pi_ref(y|x) exp(r/b) / Z, so its samples are pi_ref's own with weights;
+    b is each of OPTIMA. One Z serves all prompts, as if they were alike, which the world's are.
+    """
+    r, points = torch.as_tensor(rewards, dtype=torch.float64), []  # (N,)
+    ordered = r.sort().values
+    ranks = torch.searchsorted(ordered, r) + torch.searchsorted(ordered, r, right=True)  # twice, for ties
+    wins = ranks.double() / (2 * len(r))  # of each against all of them
+    for b in OPTIMA:
+        weights = torch.softmax(r / b, 0)  # (N,); pi_ref's own are 1/N
+        kl = torch.xlogy(weights, weights * len(r)).sum()
+        points.append((kl.item(), (weights @ wins).item(), (weights @ r).item()))
+    return points
 
 
 def wilson_interval(wins: float, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -69,44 +109,53 @@ class Evaluator:
     """evaluate(policy) -> metrics on held-out prompts and pairs; docs/glossary.md explains each."""
     start: Any  # data.Start; what pleases both of its judges is less likely to be a trick
     args: argparse.Namespace
-    opponent: tuple = ()  # (prompts, pi_ref's responses, their rewards), after the first call
 
     def __call__(self, policy: LM) -> dict:
         start, args, n, judge = self.start, self.args, self.args.eval_samples, self.start.outcome
-        if not self.opponent:  # the same for every policy
-            prompts = (start.held_out_prompts * n)[:n]  # again and again, if they are few
-            generator = torch.Generator(args.device).manual_seed(1)  # not the policy's numbers
-            _, _, texts = start.ref.respond(prompts, args.max_new_tokens, generator)
-            self.opponent = prompts, texts, judge(prompts, texts) if judge else [None] * n
-        prompts, ref_texts, ref_rewards = self.opponent
-        generator = torch.Generator(args.device).manual_seed(0)  # the same numbers in every step
+        prompts = (list(start.held_out_prompts) * n)[:n]  # again and again, if they are few
+        generator = torch.Generator(args.device).manual_seed(run.seed_of(args.seed, "evaluation"))
         prompt_ids, responses, texts = policy.respond(prompts, args.max_new_tokens, generator)
         rewards = judge(prompts, texts) if judge else [None] * n
         metrics: dict = {"win_rate": None, "win_rate_ci": None, "golden_reward": None}
         if judge:
-            rate, interval = win_rate(rewards, ref_rewards)
             reward = "golden_reward" if judge.name == "golden" else "judge_reward"  # can be gamed
-            metrics = {"win_rate": rate, "win_rate_ci": interval, reward: sum(rewards) / n}
+            metrics = self.against_ref(rewards, "reward", "win_rate") | {reward: sum(rewards) / n}
         if start.second:  # another judge of the same responses
-            second, ref = (start.second(prompts, side) for side in (texts, ref_texts))  # n rewards
-            metrics["second_win_rate"], metrics["second_win_rate_ci"] = win_rate(second, ref)
+            second = start.second(prompts, texts)  # n rewards
+            metrics |= self.against_ref(second, "second_reward", "second_win_rate")
             metrics["second_reward"] = sum(second) / n
         if start.held_out:  # whole batches, as pi_ref's log-probs were taken
             whole = -(-n // policy.batch_size) * policy.batch_size
             metrics |= implicit_reward_metrics(policy, start.held_out[:whole])
         kl = policy.reverse_kl(start.ref, prompt_ids, responses)  # (n,) nats
-        metrics |= {"reverse_kl": kl.mean().item(), "response_length": sum(map(len, responses)) / n}
-        rows = [dict(prompt=x, response=y, ref_response=ref_y, reward=r, ref_reward=ref_r)
-                for x, y, ref_y, r, ref_r in zip(prompts, texts, ref_texts, rewards, ref_rewards)]
+        ref_logps = logps_of(start.ref, prompt_ids, responses)  # n
+        metrics |= {"reverse_kl": kl.mean().item(), "off_support": off_support(
+            ref_logps, [row["logp"] for row in self.samples]), "response_length": sum(map(len, responses)) / n}
+        rows = [dict(prompt=x, response=y, reward=r, ref_logp=logp, ref_response=ref["response"],
+                     ref_reward=ref["reward"])
+                for x, y, r, logp, ref in zip(prompts, texts, rewards, ref_logps, self.samples)]
         run.write_rows(args.out / "responses.jsonl", rows)  # to read while the run goes on
         return metrics | (start.more(policy, rows) if start.more else {})
+
+    @functools.cached_property
+    def samples(self) -> list[dict]:
+        """pi_ref's own samples, the same for every policy."""
+        start, args, n = self.start, self.args, self.args.eval_samples
+        return start.samples or judged_samples(
+            start.ref, (list(start.held_out_prompts) * n)[:n], args.max_new_tokens, run.seed_of("pi_ref"),
+            start.outcome, start.second)
+
+    def against_ref(self, rewards, name: str, rate: str) -> dict:
+        """The win rate of responses with these rewards against pi_ref, and its interval."""
+        found = win_rate_over(rewards, [row[name] for row in self.samples], len(self.start.held_out_prompts))
+        return dict(zip((rate, f"{rate}_ci"), found))
 
 
 # ---- what a run leaves behind
 
 # what summary.json and the model card take from the last evaluation
 MEASURED = ("win_rate", "win_rate_ci", "golden_reward", "judge_reward", "second_win_rate",
-            "second_win_rate_ci", "second_reward", "reverse_kl", "response_length", "accuracy",
+            "second_win_rate_ci", "second_reward", "reverse_kl", "off_support", "response_length", "accuracy",
             "chosen_logratio", "rejected_logratio")
 
 
@@ -123,7 +172,8 @@ def finish(start, args) -> dict:
     speed = sum(line.get("tokens", 0) for line in lines) / seconds
     summary |= measured | {"seconds": round(seconds, 1), "tokens_per_second": round(speed),
         "pi_ref": start.ref.source, "judge": start.outcome and start.outcome.name,
-        "second_judge": start.second and start.second.name, "settings": run.settings(args)}
+        "second_judge": start.second and start.second.name, "commit": run.commit(),
+        "settings": run.settings(args), "frontier": frontier_of(start)}
     with run.touching(args.out / "policy", "--out"):
         start.policy.save(args.out / "policy", model_card(
             args, "AutoModelForCausalLM", "A policy for research on preference fine-tuning. It goes on "
@@ -135,6 +185,12 @@ def finish(start, args) -> dict:
     print(f"\n{seconds:.0f} s of training; see {args.out}/curve.png, {args.out}/samples.md and the "
           f"model in {args.out}/policy/")
     return summary
+
+
+def frontier_of(start) -> list | None:
+    """The frontier by the judge that measures, if pi_ref's samples are enough to show it."""
+    rewards = [row["reward"] for row in start.samples or []]
+    return frontier(rewards) if start.outcome and len(rewards) >= 1000 else None
 
 
 def model_card(args, kind: str, what: str, measured: dict) -> str:
@@ -201,7 +257,8 @@ COLUMNS = {  # of a table: a metric, its header, and its form
         "win rate [95 % of sampling]", "{:.3f} [{win_rate_ci[0]:.3f}, {win_rate_ci[1]:.3f}]"),
     "golden_reward": ("reward", "{:+.2f}"), "judge_reward": ("judge's reward", "{:+.2f}"),
     "second_win_rate": ("second judge's win rate", "{:.3f}"),
-    "reverse_kl": ("reverse KL, nats", "{:.2f}"), "response_length": ("length", "{:.1f}"),
+    "reverse_kl": ("reverse KL, nats", "{:.2f}"), "off_support": ("off support", "{:.3f}"),
+    "response_length": ("length", "{:.1f}"),
     "accuracy": ("accuracy", "{:.3f}"), "chosen_logratio": (
         "log-ratio chosen / rejected", "{:+.1f} / {rejected_logratio:+.1f}")}
 
@@ -276,8 +333,19 @@ def plot_curve(out, summary: dict, lines: list[dict]) -> None:
     save(figure, Path(out) / "curve.png")
 
 
-def plot_goodhart(runs: dict[str, list[dict]], names: dict[str, str], path) -> None:
-    """Win rate against KL, a panel a judge; runs, names: directory -> metrics lines, algorithm."""
+def draw_frontier(axis, best) -> None:
+    """The frontier of win rates, as far as the axis shows: what lies below is wasted KL."""
+    kl, rates, _ = zip(*best)
+    axis.plot([0, *kl], [0.5, *rates], color="black", lw=1.0, ls="--", zorder=1)
+    axis.annotate("best possible", (kl[-1], rates[-1]), xytext=(4, 0), textcoords="offset points",
+                  fontsize=9, va="center", annotation_clip=False)
+
+
+def plot_goodhart(runs: dict[str, list[dict]], names: dict[str, str], path, best=()) -> None:
+    """Win rate against KL, a panel a judge; runs, names: directory -> metrics lines, algorithm.
+
+    best: the frontier, if all runs have the same; up to it everything is possible.
+    """
     two = any(row.get("second_win_rate") is not None for rows in runs.values() for row in rows)
     labels = ["win rate against pi_ref", "the same by the second judge"][:1 + two]
     figure, axes = panels(labels, "KL(policy || pi_ref), nats a sequence (square-root scale)", 6.0)
@@ -295,6 +363,8 @@ def plot_goodhart(runs: dict[str, list[dict]], names: dict[str, str], path) -> N
             if len(points) > 1:  # which way time goes
                 axis.annotate("", (x[-1], y[-1]), (x[-2], y[-2]),
                               arrowprops=dict(arrowstyle="->", color=color))
+        if best and axis is axes[0]:
+            draw_frontier(axis, best)
         axis.axhline(0.5, color="gray", lw=0.8, ls=":")
         axis.set_xscale("function", functions=(lambda x: abs(x) ** 0.5, lambda x: x**2))
         axis.set(xmargin=0.15, xlim=(0, None))  # room for labels; KL 0, for which log has no place
@@ -343,7 +413,7 @@ def reload(directory, flag: str) -> argparse.Namespace:
     prompts = {text_of(row["prompt"]): row["prompt"] for row in read_responses(directory)}
     return argparse.Namespace(  # each prompt once, in their order
         args=args, policy=policy, ref=ref, held_out_prompts=[*prompts.values()], held_out=[],
-        outcome=outcome, second=second, more=None)
+        outcome=outcome, second=second, samples=None, more=None)
 
 
 def measured_again(directory, samples: int | None, file: str | None) -> dict:
@@ -477,7 +547,8 @@ def main(argv=None):
     for directory in [path for path in runs if args.against not in (None, path)]:
         rate, (low, high) = against(Path(directory) / again, Path(args.against) / again)
         print(f"{directory} against {args.against}: win rate {rate:.3f} [{low:.3f}, {high:.3f}]")
-    plot_goodhart(runs, names, args.out)
+    best = {json.dumps(read_summary(path).get("frontier")) for path in runs}
+    plot_goodhart(runs, names, args.out, json.loads(best.pop()) if len(best) == 1 else ())
     print(f"\nwin rate against KL, a dot a checkpoint: {args.out}")
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from lm import Prompt, Refused, Scorer, message, progress, read_model, text_of
+from lm import LM, Ids, Prompt, Refused, Scorer, message, progress, read_model, text_of
 from world import Judge, golden_judge
 
 
@@ -45,6 +45,24 @@ def load_judge(name: str, device: str = "cpu") -> Judge | None:
     if labels == 1 and hasattr(model, "score"):
         return Judge(name, reward_model_rewards(Scorer(model, tokenizer)))
     return Judge(name, classifier_rewards(model, tokenizer))
+
+
+@torch.no_grad()
+def logps_of(policy: LM, prompts: Sequence[Ids], responses: Sequence[Ids]) -> list[float]:
+    """log pi(y|x) of any number of responses, nats, a batch at a time."""
+    n = policy.batch_size
+    return [logp for i in range(0, len(responses), n)
+            for logp in policy.logps(prompts[i:i + n], responses[i:i + n]).tolist()]
+
+
+def judged_samples(policy: LM, prompts: Sequence[Prompt], max_new_tokens: int, seed: int, outcome: Judge | None,
+                   second: Judge | None) -> list[dict]:
+    """A policy's own response to each prompt: its log-prob, nats, and its reward by each judge, None without one."""
+    generator = torch.Generator(policy.device).manual_seed(seed)
+    prompt_ids, responses, texts = policy.respond(prompts, max_new_tokens, generator)
+    rewards = [judge(prompts, texts) if judge else [None] * len(texts) for judge in (outcome, second)]
+    return [dict(response=text, logp=logp, reward=reward, second_reward=second_reward)
+            for text, logp, reward, second_reward in zip(texts, logps_of(policy, prompt_ids, responses), *rewards)]
 
 
 def reward_model_rewards(scorer: Scorer):

@@ -377,7 +377,8 @@ def main(argv=None, begin=data.start):
             judge = judge._replace(name="reward/model")
         if args.stage == "reward":
             return
-        start = start._replace(outcome=start.outcome or judge)
+        if not start.outcome:  # pairs of a file: what was learned from them measures, too
+            start = start._replace(outcome=judge, samples=None)
         train = train_rloo if args.rloo else train_ppo
         train(start.policy, start.ref, start.prompts, judge, Evaluator(start, args), args)
         summary = finish(start, args)  # policy/, summary.json, curve.png

@@ -22,6 +22,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -437,6 +438,17 @@ def prepare(args, inputs: dict) -> Path | None:
     write_text(out / "inputs.json", json.dumps({**inputs, "settings": settings(args)}, indent=1))
     wait()
     return aside
+
+
+@functools.cache
+def commit() -> str:
+    """The commit of this code, with + if files differ from it; "unknown" where there is no git."""
+    describe = ["git", "describe", "--always", "--dirty=+", "--abbrev=7"]
+    try:
+        found = subprocess.run(describe, capture_output=True, text=True, cwd=Path(__file__).parent).stdout
+    except OSError:
+        found = ""
+    return found.strip() or "unknown"
 
 
 def settings(args) -> dict:

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_data import FAST, write_task
 
+import coverage
 import data
 import dpo
 import eval
@@ -29,14 +30,17 @@ from eval import (
     Evaluator,
     against,
     finish,
+    frontier,
     implicit_reward_metrics,
     main,
+    off_support,
     plot_curve,
     plot_goodhart,
     read_metrics,
     table,
     wilson_interval,
     win_rate,
+    win_rate_over,
 )
 from judges import load_judge
 from lm import LM
@@ -108,6 +112,52 @@ def test_the_interval_shrinks_with_n(tenths, n):
 ])
 def test_the_interval_agrees_with_hand_computation(wins, n, z, low, high):
     assert wilson_interval(wins, n, z) == pytest.approx((low, high), abs=2e-6)
+
+
+@pytest.mark.law
+@given(st.integers(1, 4).flatmap(lambda n: st.tuples(st.just(n), st.lists(rewards, min_size=1, max_size=9), st.lists(
+    rewards, min_size=n, max_size=20))))
+def test_against_a_distribution_each_response_meets_all_that_pi_ref_says_to_its_prompt(case):
+    n_prompts, ours, theirs = case
+    shares = [win_rate([reward] * len(theirs[i % n_prompts::n_prompts]), theirs[i % n_prompts::n_prompts])[0]
+              for i, reward in enumerate(ours)]
+    rate, interval = win_rate_over(ours, theirs, n_prompts)
+    assert rate == pytest.approx(sum(shares) / len(shares))
+    assert interval == pytest.approx(wilson_interval(sum(shares), len(shares)))
+    if n_prompts == 1:  # one prompt: the probability that a draw of ours beats a draw of theirs
+        wins = [(a > b) + (a == b) / 2 for a in ours for b in theirs]
+        assert rate == pytest.approx(sum(wins) / len(wins))
+
+
+@pytest.mark.law
+@given(st.lists(st.floats(-50, 0), min_size=1, max_size=50), st.lists(st.floats(-50, 0), min_size=1, max_size=3000))
+def test_off_support_is_under_the_thousandth_that_pi_ref_itself_is_least_likely_to_write(logps, own):
+    floor = sorted(own)[len(own) // 1000]
+    assert sum(logp < floor for logp in own) <= len(own) / 1000, "of pi_ref's own samples one in 1000 at most"
+    assert off_support(logps, own) == sum(logp < floor for logp in logps) / len(logps)
+    assert off_support(logps, [logp - 1 for logp in logps]) == 0 and off_support([min(own) - 1], own) == 1
+
+
+@pytest.mark.law
+def test_the_frontier_is_the_optimum_and_no_policy_is_above_it():
+    rewards = [-2.0, -2.0, 0.0, 1.0, 1.0, 1.0, 3.0, 4.5]  # of eight equally likely responses
+    uniform, noise = torch.full((1, 8), 1 / 8, dtype=torch.float64), torch.Generator().manual_seed(0)
+    reward = torch.tensor([rewards], dtype=torch.float64)
+    points = frontier(rewards)
+    for b, (kl, rate, value) in zip(eval.OPTIMA, points):
+        best = coverage.tilt(uniform.log(), reward, b).exp()
+        assert value == pytest.approx((best * reward).sum().item())
+        assert kl == pytest.approx((best * (best * 8).log()).sum().item(), abs=1e-12)
+        beats = [sum((x > y) + (x == y) / 2 for y in rewards) / 8 for x in rewards]
+        assert rate == pytest.approx(sum(p * x for p, x in zip(best[0].tolist(), beats)))
+        for _ in range(20):  # a policy of no more KL has no larger reward
+            other = torch.rand(8, generator=noise, dtype=torch.float64).pow(4)
+            other = other / other.sum()
+            if torch.xlogy(other, other * 8).sum() <= kl:
+                assert other @ reward[0] <= value + 1e-9
+    kls, rates, values = zip(*points)
+    assert list(kls) == sorted(kls) and list(values) == sorted(values) and rates[0] > 0.5
+    assert kls[-1] < math.log(8) + 1e-9 and values[-1] > 4.4
 
 
 def mean_coverage(interval, n: int) -> float:
@@ -213,7 +263,7 @@ def starting(policy, ref, pairs, judge=world.golden_judge, **more) -> data.Start
 
 
 def evaluation(out, ref, pairs, judge=world.golden_judge, device="cpu", **more) -> Evaluator:
-    args = Namespace(eval_samples=40, max_new_tokens=6, out=out, device=device)
+    args = Namespace(eval_samples=40, max_new_tokens=6, out=out, device=device, seed=0)
     return Evaluator(starting(None, ref, pairs, judge, **more), args)
 
 
@@ -233,14 +283,19 @@ def test_at_step_0_every_kl_and_log_ratio_is_exactly_0(device, tmp_path, ref, pa
 
 @pytest.mark.law
 def test_metrics_are_those_of_the_file_that_an_evaluation_leaves(tmp_path, policy, ref, pairs):
-    metrics = evaluation(tmp_path, ref, pairs)(policy)
-    rows = read_rows(tmp_path / "responses.jsonl")
+    evaluate = evaluation(tmp_path, ref, pairs)
+    metrics, rows = evaluate(policy), read_rows(tmp_path / "responses.jsonl")
     assert [row["prompt"] for row in rows] == [PROMPTS[i % 3] for i in range(40)], "prompts in turn to --eval-samples"
     for row in rows:
         assert row["reward"] == golden_reward(row["prompt"], row["response"])
         assert row["ref_reward"] == golden_reward(row["prompt"], row["ref_response"])
     mine, theirs = ([row[name] for row in rows] for name in ("reward", "ref_reward"))
-    assert (metrics["win_rate"], metrics["win_rate_ci"]) == win_rate(mine, theirs)
+    assert (metrics["win_rate"], metrics["win_rate_ci"]) == win_rate_over(mine, theirs, 3)
+    asked, said, _ = policy.respond([row["prompt"] for row in rows], 6, torch.Generator().manual_seed(
+        run.seed_of(0, "evaluation")))
+    ref_logps = [ref.logps([x], [y]).item() for x, y in zip(asked, said)]
+    assert [row["ref_logp"] for row in rows] == pytest.approx(ref_logps, abs=1e-4)
+    assert metrics["off_support"] == off_support(ref_logps, [row["logp"] for row in evaluate.samples])
     assert len(set(mine)) > 1 and metrics["golden_reward"] == pytest.approx(sum(mine) / 40)
     assert metrics["reverse_kl"] > 0.1, "the policy was moved away from pi_ref"
     assert 1 <= metrics["response_length"] <= 6
@@ -267,6 +322,9 @@ def test_an_evaluation_is_repeatable_and_leaves_the_policy_and_the_random_state_
     opponents = [row["ref_response"] for row in read_rows(file)]
 
     assert evaluate(ref) != first
+    other = Evaluator(evaluate.start, Namespace(**{**vars(evaluate.args), "seed": 1}))
+    assert other(policy)["win_rate"] != first["win_rate"], "another seed draws other responses of the policy"
+    assert other.samples == evaluate.samples, "... which meet the same of pi_ref"
     assert [row["ref_response"] for row in read_rows(file)] == opponents, (
         "every policy of a run meets the same responses of pi_ref")
     torch.rand(3)  # the random state of others does not matter, and is not moved
@@ -312,7 +370,7 @@ def test_a_second_judge_measures_the_same_responses_and_more_can_be_asked(tmp_pa
     rows = read_rows(tmp_path / "responses.jsonl")
     mine, theirs = (by_length([row["prompt"] for row in rows], [row[name] for row in rows])
                     for name in ("response", "ref_response"))
-    rate, interval = win_rate(mine, theirs)
+    rate, interval = win_rate_over(mine, theirs, 3)
     assert metrics == {**alone, "second_win_rate": rate, "second_win_rate_ci": interval,
                        "second_reward": sum(mine) / 40, "rows": 40}
 
@@ -324,8 +382,8 @@ def measured(step: int, rate, kl: float) -> dict:
     """A line of metrics.jsonl; without a judge, `rate` is None."""
     interval, reward = (None, None) if rate is None else ([rate - 0.04, rate + 0.04], 4 * rate)
     return {"step": step, "loss": 0.5, "tokens": 100, "win_rate": rate, "win_rate_ci": interval,
-            "golden_reward": reward, "reverse_kl": kl, "response_length": 6.5, "accuracy": 0.5 + kl / 100,
-            "chosen_logratio": -kl, "rejected_logratio": -2 * kl}
+            "golden_reward": reward, "reverse_kl": kl, "off_support": 0.25, "response_length": 6.5,
+            "accuracy": 0.5 + kl / 100, "chosen_logratio": -kl, "rejected_logratio": -2 * kl}
 
 
 def fake_run(directory, algorithm="dpo", rates=(0.5, 0.71, 0.66), rewards=(1.0, 0.0, 2.0), prompts=PROMPTS, **settings):
@@ -379,10 +437,10 @@ def cells(text: str) -> list[list[str]]:
 def test_a_table_has_a_line_a_run_and_a_dash_for_what_was_not_measured():
     header, judged, blind = cells(table([{"run": "hypo", **measured(4, 0.75, 2.0)},
                                          {"run": "a-longer-name", **measured(400, None, 2.0)}]))
-    assert header == ["run", "step", "win rate [95 % of sampling]", "reward", "reverse KL, nats", "length", "accuracy",
-                      "log-ratio chosen / rejected"]
-    assert judged == ["hypo", "4", "0.750 [0.710, 0.790]", "+3.00", "2.00", "6.5", "0.520", "-2.0 / -4.0"]
-    assert blind == ["a-longer-name", "400", "-", "-", "2.00", "6.5", "0.520", "-2.0 / -4.0"]
+    assert header == ["run", "step", "win rate [95 % of sampling]", "reward", "reverse KL, nats", "off support",
+                      "length", "accuracy", "log-ratio chosen / rejected"]
+    assert judged == ["hypo", "4", "0.750 [0.710, 0.790]", "+3.00", "2.00", "0.250", "6.5", "0.520", "-2.0 / -4.0"]
+    assert blind == ["a-longer-name", "400", "-", "-", "2.00", "0.250", "6.5", "0.520", "-2.0 / -4.0"]
 
 
 def test_a_table_shows_the_reward_of_another_judge_and_a_second_win_rate():
@@ -509,6 +567,7 @@ def test_a_finished_run_leaves_its_summary_its_curve_and_a_policy_that_loads(tmp
     summary = eval.read_summary(out)
     expected = {"algorithm": "dpo", "model": "tiny", "seed": 3, "steps": 4, "beta": 0.1, "win_rate": 0.66,
                 "golden_reward": 4 * 0.66, "reverse_kl": 6.0, "response_length": 6.5, "seconds": 2.0,
+                "off_support": 0.25, "commit": run.commit(),
                 "tokens_per_second": 250, "judge": "golden", "second_judge": None,
                 "settings": {"algorithm": "dpo", "model": "tiny", "seed": 3, "steps": 4, "beta": 0.1}}
     assert {name: summary[name] for name in expected} == expected and len(summary["win_rate_ci"]) == 2
@@ -530,15 +589,21 @@ def trained(model_dir, tmp_path, monkeypatch):
 
     def train(command, name, *flags):
         command.main(fitting(["--model", str(model_dir), *FAST, "--lr", "1e-2", "--out", name, *flags]))
-        return read_rows(Path(name) / "responses.jsonl")
+        return responses(name)
 
     return train
+
+
+def responses(directory) -> list[dict]:
+    """The rows of responses.jsonl; log pi_ref is left out, for fast.py rounds it otherwise than lm.py."""
+    return [{name: value for name, value in row.items() if name != "ref_logp"}
+            for row in read_rows(Path(directory) / "responses.jsonl")]
 
 
 def again(name, samples: int, *more) -> list[dict]:
     """The responses of run `name` measured again."""
     main([name, "--samples", str(samples), *more])
-    return read_rows(Path(name) / "again" / "responses.jsonl")
+    return responses(Path(name) / "again")
 
 
 def test_a_run_in_the_world_is_measured_again(trained, tmp_path, capsys):
@@ -549,10 +614,11 @@ def test_a_run_in_the_world_is_measured_again(trained, tmp_path, capsys):
     assert "a against b: win rate" in capsys.readouterr().out
     assert len(more) == len(read_rows("b/again/responses.jsonl")) == 10
     assert all(row["reward"] == golden_reward(row["prompt"], row["response"]) for row in more)
-    assert [read_rows(Path(name) / "responses.jsonl") for name in "ab"] == [a, b], "the runs stay as they were"
+    assert [responses(name) for name in "ab"] == [a, b], "the runs stay as they were"
     line, = read_metrics("a/again")
-    assert line["step"] == 2 and line["win_rate"] == win_rate(*zip(*((row["reward"], row["ref_reward"])
-                                                                    for row in more)))[0]
+    rewards, ref_rewards = zip(*((row["reward"], row["ref_reward"]) for row in more))
+    assert line["step"] == 2 and line["win_rate"] == win_rate_over(
+        rewards, ref_rewards, len({row["prompt"] for row in a}))[0]
     (tmp_path / "a" / "summary.json").unlink()
     with pytest.raises(UserError, match="--samples: a is not finished"):
         again("a", 4)
