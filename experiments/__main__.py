@@ -1,32 +1,37 @@
 """The experiments of the two papers, one command each.
 
-    python -m experiments goodhart           # do the runs that are missing, then report, table, verdicts and picture
+    python -m experiments main               # the five primary claims: 20 minutes on two cores
     python -m experiments all                # every study
     python -m experiments all --quick        # two seeds, few and short runs: to see that everything works
-    python -m experiments pages              # results/README.md and its pictures again, from results/*.json
+    python -m experiments pages              # results/README.md, its pictures, README's table, from results/*.json
     python -m experiments mean RUN RUN ...   # a table of any runs, with the means of those that differ in their seed
 
-Tang et al. 2024 (arXiv 2405.08448) ask why online preference fine-tuning beats offline, when both know the
-same labels; the setting is in experiments/setting.py.
+A command does the runs that are missing; then come report, table, verdicts and picture. What each study asks was
+declared before its runs, in experiments/studies.py; the setting is in experiments/setting.py.
 
-    goodhart      online against offline IPO at equal KL, and what over-optimisation is (their Figure 1)
-    algorithms    IPO, DPO, HyPO and PPO on the same pairs and the same proxy
-    proxy         the same with another proxy, the offline policy itself, and with one from a fifth of the pairs
-    coverage      is it the data? the online run's own pairs, replayed in order and shuffled (Figures 4, 13)
-    quality       is it better responses? offline pairs from better policies (Figures 5, 12)
-    classify      is it better classification? proxy and policies as classifiers (Figures 6, 7, 8)
-    loss          is it the contrastive loss? IPO, DPO, Best-of-2 (Figure 9)
-    scale         is it the size? policies of four widths with the same proxy (Figures 10, 11)
-    iterate       how fresh must the data be? two to eight rounds between offline and online
+    main          online against offline, off support, shuffled, rounds, HyPO against DPO
 
 Song et al. 2024 (arXiv 2406.01462) add to offline data the KL on online samples.
 
-    hypo          HyPO against DPO: reverse KL along training, lam, data that miss a part (Figure 1, Table 1)
-    extrapolate   log-probs of preferred, rejected and unseen good responses along training (Figure 2)
+    hypo          HyPO against DPO: KL, lam, beta, data that miss what pi_ref rarely says (Table 1, Figure 1)
+    extrapolate   does probability go to good responses that the data do not hold? (Figure 2)
 
-The budget is KL(pi || pi_ref). Intervals are 95 % by Student over seeds. Finished runs are in runs/study and are not
-done again. Reports are in results/: a study of tiny with five seeds or more replaces the one that is there, unless that
-has more seeds; all others are trials and leave theirs beside their runs.
+Tang et al. 2024 (arXiv 2405.08448) ask why online preference fine-tuning beats offline, when both know the same labels.
+
+    fitting       the same in a second world, whose golden reward is no sum over words
+    goodhart      what over-optimisation is, offline and online (their Figure 1)
+    coverage      is it the data? the online run's own pairs, replayed in order and shuffled (Figures 4, 13)
+    iterate       how fresh must the data be? one to eight rounds with equally many labels
+    classify      is it better classification? proxy and policies as classifiers (Figures 6, 7, 8)
+    proxy         another proxy of the same labels: the offline policy itself
+    labels        labels from Bradley-Terry instead of the preference's sign
+    quality       is it better responses? offline pairs from better policies (Figures 5, 12)
+    loss          is it the contrastive loss? DPO and Best-of-2 (Figure 9)
+    scale         is it the size? policies of four widths with the same proxy (Figures 10, 11)
+
+KL is KL(pi || pi_ref). Intervals are 95 % by Student over seeds, verdicts corrected by Holm within a study. Finished
+runs are in runs/study and are not done again. Reports are in results/: a study of tiny with ten seeds or more replaces
+the one that is there, unless that has more; all others are trials and leave theirs beside their runs.
 """
 
 import argparse
@@ -34,7 +39,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 from pathlib import Path
 
 import torch
@@ -45,16 +49,18 @@ from eval import read_metrics, read_summary, table
 from experiments import pages, stats
 from experiments.jobs import directory, run_jobs
 from experiments.setting import CLASSIFY, FINAL, Run, pairs_file, setting_of
+from experiments.stats import column
 from experiments.studies import QUALITY, REPLAYS, STUDIES
 from lm import LM
 from world import golden_judge
 
-FULL = dict(seeds=5, steps=200, batch_size=64, lr=5e-4, eval_every=25, eval_samples=512, pairs=2000)
-QUICK = dict(seeds=2, steps=48, batch_size=32, lr=5e-4, eval_every=16, eval_samples=128, pairs=200)
+FULL = dict(seeds=10, steps=100, batch_size=64, lr=1e-3, eval_every=25, eval_samples=512, pairs=2000)
+QUICK = dict(seeds=2, steps=24, batch_size=32, lr=1e-3, eval_every=8, eval_samples=128, pairs=200)
+FIRST_SEED = 10
 PRETRAINED = dict(batch_size=8, lr=2e-5, eval_samples=64)  # in place of these, if the model is not tiny
-KEPT = ("step", "reverse_kl", "win_rate", "win_rate_picks", "win_rate_judges", "golden_win_rate_picks",
-        "golden_win_rate_judges", "golden_reward", "sampled_proxy_reward", "accuracy", "data_accuracy",
-        "data_chosen_logratio", "data_rejected_logratio", "best_logratio", "uncovered", "response_length")
+KEPT = ("step", "reverse_kl", "off_support", "unlikely", "win_rate", "golden_win_rate", "golden_reward", "good",
+        "sampled_proxy_reward", "accuracy", "data_accuracy", "data_chosen_logratio", "data_rejected_logratio",
+        "best_logratio", "response_length")
 
 
 def collect(options, jobs: list[Run]) -> dict:
@@ -70,8 +76,10 @@ def collect(options, jobs: list[Run]) -> dict:
         [{key: line[key] for key in KEPT if key in line} for line in read_metrics(folder) if "reverse_kl" in line]
         for folder in folders(job)] for job in trained}}
     found["core-minutes"] = sum(read_summary(folder)["seconds"] for job in trained for folder in folders(job)) / 60
-    for made in {setting_of(job) for job in jobs}:
-        found[f"{made.name} accuracy"] = [of_seed["reward_accuracy"] for of_seed in measured(made)]
+    for made in dict.fromkeys(setting_of(job) for job in trained):
+        of_seeds = measured(made)
+        found[f"{made.name} accuracy"] = column(of_seeds, "reward_accuracy")
+        found.setdefault("frontier", of_seeds[0]["frontier"])
     if CLASSIFY in jobs:
         found["classify"] = measured(CLASSIFY)
     if REPLAYS[1] in jobs:
@@ -80,7 +88,7 @@ def collect(options, jobs: list[Run]) -> dict:
         found["equal bytes"] = [a == b for a, b in zip(online, again)]
     for kind, arm in QUALITY.items():
         if set(arm) <= set(jobs):
-            made = arm[0] if kind != "golden" else setting_of(arm[0])
+            made = setting_of(arm[0]) if kind == "golden" else arm[0]
             found[f"pairs {kind}"] = [of_pairs(pairs_file(pairs), policy / "policy")
                                       for pairs, policy in zip(folders(made), folders(arm[0]))]
     return found
@@ -100,10 +108,11 @@ def conclude(options, name: str) -> None:
     study = STUDIES[name]
     found = {**collect(options, list(dict.fromkeys(study.runs))), "pairs": options.pairs}
     rows, claims = study.conclude(stats.Results(found))
+    stats.decide(claims)
     chip = torch.cuda.get_device_name() if options.device.startswith("cuda") else f"{os.cpu_count()} CPU cores"
     report = {
         "study": name, "title": study.title, "command": f"python -m experiments {name}{options.flags}",
-        "commit": commit(), "seeds": list(options.seeds),
+        "commit": run.commit(), "seeds": list(options.seeds),
         "settings": {key: getattr(options, key) for key in FULL if key != "seeds"},
         "hardware": f"{chip}, torch {torch.__version__.partition('+')[0]}", "table": rows, "claims": claims, **found}
     rounded = json.loads(json.dumps(report), parse_float=five_digits, parse_constant=null)
@@ -119,16 +128,6 @@ def null(text: str) -> None:
     """For NaN: one seed has no interval."""
 
 
-def commit() -> str:
-    """The commit of the code, with + if files differ from it; "unknown" where there is no git."""
-    describe = ["git", "describe", "--always", "--dirty=+", "--abbrev=7"]
-    try:
-        found = subprocess.run(describe, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-    except FileNotFoundError:
-        found = ""
-    return found or "unknown"
-
-
 def parse(argv):
     """(options, names of the studies) of the command."""
     parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__,
@@ -138,7 +137,7 @@ def parse(argv):
         "mean")
     add("runs", nargs="*", metavar="RUN", help="directories of runs, for mean alone")
     several = run.number(int, 1, 1000)
-    add("--seeds", type=several, help="how many seeds, 0, 1, ... (default 5; with --quick 2)")
+    add("--seeds", type=several, help="how many seeds, from 10 on (default 10; with --quick 2)")
     add("--quick", action="store_true", help="short runs on few pairs, kept apart in runs/study-quick: they show that "
         "everything works, not what comes out")
     add("--model", default="tiny", help="what to study: tiny, a transformers directory, or a hub name (default tiny)")
@@ -155,7 +154,7 @@ def parse(argv):
     seeds = defaults["seeds"] if options.seeds is None else options.seeds
     if options.name == "scale" and not tiny:
         parser.error("scale makes built-in models of four widths: it takes no --model")
-    vars(options).update(defaults, seeds=range(seeds), flags="".join([
+    vars(options).update(defaults, seeds=range(FIRST_SEED, FIRST_SEED + seeds), flags="".join([
         " --quick" * options.quick, f" --model {options.model}" * (not tiny),
         f" --seeds {seeds}" * (seeds != defaults["seeds"])]))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -175,20 +174,18 @@ def main(argv=None) -> None:
         return
     if options.name == "pages":
         pages.write_pages(Path("results"), list(STUDIES))
-        pages.draw_runs(Path("results"))
+        pages.write_readme(Path("."))
         return
     with run.alone(options.work):
-        run_jobs(options, [(seed, job) for name in names for job in STUDIES[name].runs for seed in options.seeds])
-        concluded = []
         for name in names:
+            run_jobs(options, [(seed, job) for job in STUDIES[name].runs for seed in options.seeds])
             path = options.results / f"{name}.json"
             n = len(run.read_json(path)["seeds"]) if path.exists() else 0
             if n > len(options.seeds):
                 print(f"\n{path} has {n} seeds, more than these {len(options.seeds)}: it stays as it is")
             else:
                 conclude(options, name)
-                concluded.append(name)
-        pages.write_pages(options.results, concluded)
+                pages.write_pages(options.results, [name])
 
 
 def start() -> None:

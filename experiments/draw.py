@@ -1,12 +1,10 @@
 """Drawing helpers of the studies' pictures: means over seeds with their bands, and labels joined to their lines."""
 
-import math
 import statistics
-from collections.abc import Sequence
 
 from eval import COLORS, panels
 from experiments.setting import Run
-from experiments.stats import EDGES, WIN, Bins, Results, estimate, reached
+from experiments.stats import WIN, Results, column, estimate
 
 RED, TEAL, GRAY = COLORS["online ipo"], COLORS["ipo"], "#6b7280"
 KL = "KL(policy || pi_ref), nats a sequence"
@@ -79,47 +77,49 @@ def win_and_kl(results: Results, runs: dict[str, Run], colors):
     return figure
 
 
-def bins(axis, by_seed: list[Bins], color: str, label: str = "") -> None:
-    """Mean and interval in every bin of KL that most seeds reach; the label at the highest mean."""
-    middles, stats = [], []
-    for (low, high), values in reached(by_seed).items():
-        mean, half, _ = estimate(values)
-        middles.append(math.sqrt(low * high))
-        stats.append((mean, mean - half, mean + half))
-    if stats:
-        draw_band(axis, middles, stats, color)
-        y, x = max((mean, x) for x, (mean, _, _) in zip(middles, stats))
-        label_at(axis, x, y, label, color)
+def settled(axis, results: Results, arm: list[Run], name: str, color: str, label: str = "", dots: bool = True,
+            **line_style) -> None:
+    """A metric against KL: dots are checkpoints; the line is the mean over seeds between the last steps of the runs.
+
+    It goes as far as all seeds reach. One run alone has a point, where it ends.
+    """
+    if dots:
+        points = results.checkpoints(arm)
+        axis.scatter(column(points, "reverse_kl"), column(points, name), s=4, color=color, alpha=0.25, lw=0)
+    ends = list(zip(*([lines[-1]["reverse_kl"] for lines in results[run]] for run in arm)))  # seeds x runs
+    low, high = max(map(min, ends)), min(map(max, ends))
+    if len(arm) == 1 or low >= high:
+        for run in arm:
+            axis.plot(statistics.fmean(results.last(run, "reverse_kl")), statistics.fmean(results.last(run, name)),
+                      color=color, marker="D", ms=5)
+        label_at(axis, statistics.fmean(results.last(arm[-1], "reverse_kl")),
+                 statistics.fmean(results.last(arm[-1], name)), label, color)
+    else:
+        kls = [low + (high - low) * i / 24 for i in range(25)]
+        kls[-1] = high  # not above it by rounding
+        band(axis, kls, zip(*(results.at_kl(arm, kl, name) for kl in kls)), color, label, **line_style)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:g}")
-    axis.set_xlabel(KL)
 
 
-def envelope(axis, results: Results, arm: list[Run], color: str, label: str, dots: bool = False) -> None:
-    """The best win rate in each bin of KL; with dots, every checkpoint, too."""
-    bins(axis, results.envelope(arm), color, label)
-    if dots:
-        points = [(line["reverse_kl"], line[WIN]) for lines in results.checkpoints(arm) for line in lines]
-        axis.scatter(*zip(*points), s=5, color=color, alpha=0.35, lw=0)
-        axis.set_xlim(EDGES[0] / 2, EDGES[-1])
-    axis.set_ylim(bottom=0)
+def ends(axis, results: Results, run: Run, name: str, color: str, label: str) -> None:
+    """Where each seed's run ends, and their mean."""
+    kls, values = results.last(run, "reverse_kl"), results.last(run, name)
+    axis.scatter(kls, values, s=14, color=color, alpha=0.5, lw=0)
+    axis.plot(statistics.fmean(kls), statistics.fmean(values), color=color, marker="D", ms=6)
+    label_at(axis, statistics.fmean(kls), statistics.fmean(values), label, color)
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:g}")
 
 
-def rows(axis, values: dict[str, list[float]], colors: Sequence[str], xlabel: str) -> None:
-    """A row each: every seed as a small dot, the mean as a large one with its interval; the first row on top."""
-    for y, (of_seeds, color) in enumerate(zip(values.values(), colors)):
-        mean, half, _ = estimate(of_seeds)
-        axis.scatter(of_seeds, [y - 0.15] * len(of_seeds), s=14, color=color, alpha=0.5, lw=0)
-        whiskers(axis, mean, y, color, xerr=half, marker="o")
-    axis.set_yticks(range(len(values)), values)
-    axis.set_ylim(len(values) - 0.5, -0.5)
-    axis.set_xlabel(xlabel)
-
-
-def whiskers(axis, x: float, y: float, color: str, marker: str, **halves: float) -> None:
-    """A dot with an interval; one seed has none."""
-    shown = {name: half for name, half in halves.items() if not math.isnan(half)}
-    axis.errorbar(x, y, color=color, marker=marker, ms=6, lw=1.6, capsize=3, **shown)
+def frontier(axis, results: Results, name: str) -> None:
+    """The best win rate at each KL that is on the axis; name: of the metric."""
+    low, high = axis.get_xlim()
+    points = [(kl, rates[name]) for kl, rates in results.beside["frontier"] if low <= kl <= high]
+    if points:
+        axis.plot(*zip(*points), color="black", lw=1.0, ls="--", zorder=1)
+        label_at(axis, *points[-1], "best possible", "black")
+    axis.set_xlim(low, high)
 
 
 def zero_line(axis) -> None:

@@ -21,7 +21,7 @@ import data
 import dpo
 import run
 from experiments import begin_worker, setting
-from experiments.setting import CLASSIFY, GOLDEN, Run, needs, setting_of
+from experiments.setting import CLASSIFY, Run, needs, setting_of
 from lm import LM
 from run import UserError
 
@@ -43,7 +43,7 @@ def flags_of(options, seed: int, job: Run) -> dict[str, str]:
         "--eval-every": options.eval_every, "--eval-samples": options.eval_samples, "--lr": job.lr * options.lr}
     if job.source:  # a training run
         flags |= {"--steps": max(1, round(job.steps * options.steps)),
-                  "--judge": proxy if job.judge == "proxy" else job.judge}
+                  "--judge": proxy}
     if job.source and job.algorithm != "bo2":
         flags["--beta"] = job.beta
     if job.algorithm == "hypo":
@@ -79,13 +79,11 @@ def execute(options, seed: int, job: Run) -> None:
             contextlib.redirect_stderr(log):  # no bar where stderr is a file
         try:
             if job.algorithm == "setting":
-                result = setting.make_setting(argv, out)
+                result = setting.make_setting(job, argv, out)
             elif job == CLASSIFY:
                 result = setting.classify(out.parent)
             else:
                 setting.train(job, argv, out.parent)
-            if job == GOLDEN:
-                setting.write_baseline(out.parent)
         except Exception:
             traceback.print_exc()
             raise

@@ -4,42 +4,51 @@ import textwrap
 from collections import Counter
 from pathlib import Path
 
-from eval import aligned, plot_goodhart
+from eval import aligned
 from experiments.draw import write_labels
 from experiments.stats import Results
 from experiments.studies import STUDIES
-from run import UserError, read_json, read_rows, replacing, write_text
+from run import UserError, read_json, replacing, write_text
 
-FIRST_COMMIT = "0357e55"  # of reports that name none
-
-BEFORE = """They were made before the code was put in its present order, with a learning rate that stayed constant and
-with other random draws than the same commands make now. Goodhart had five seeds at first, which left its question
-open, so five more were run: that is optional stopping, and its intervals are a little too narrow."""
 HOW = """`python -m experiments pages` writes this page and its pictures from the JSON files beside it, which hold every
-evaluation of every run. It makes no run; `python -m experiments NAME` does."""
-WORDS = """Means over seeds with Student's 95 % interval; s.e. is the standard error. "Golden" is the golden baseline, a
-policy trained online on the golden reward itself. "At KL" is where the best checkpoint is, in nats a sequence; one half
-of the held-out prompts picks it, the other half judges it."""
-VERDICTS = """A verdict says where the interval lies. Holds: where the paper's claim wants it. Reversed: on the other
-side of 0. Not resolved: it holds 0, so these seeds do not tell. Contradicted and not contradicted are about claims that
-something is not above 0. Among {n} verdicts are {counts}. They are not corrected for their number: of 20 claims
-about nothing, one would come out on some side."""
+evaluation of every run. It makes no run; `python -m experiments NAME` does. What each study asks was declared before
+its runs, in [experiments/studies.py](../experiments/studies.py)."""
+WORDS = """Means over seeds with Student's 95 % interval, of shares on the scale of log-odds. "Golden" is the golden
+baseline, the exact optimum of the golden reward at b = 1. "At 4 nats": by interpolation between the last steps of a
+sweep of beta, seed by seed. "Off support": the share of samples that pi_ref all but never writes, see
+[the theory](../docs/theory.md)."""
+VERDICTS = """A verdict is Student's test over seeds, corrected by Holm for the claims of its study. Holds: what the
+paper says. Reversed: on the other side of 0. Equal: within the margin that is named. Different: where equal was
+expected. Open: these seeds do not tell, and about so many would. Among {n} verdicts are {counts}."""
+README_ROWS = ("fitting", "goodhart", "classify", "labels", "quality", "loss", "scale")  # after main: the first claim
 
 
-def draw_runs(folder: Path) -> None:
-    """results/hypo_vs_dpo.png, from the runs in results/runs.jsonl whose one flag is the seed."""
-    runs, names = {}, {}
-    for row in read_rows(folder / "runs.jsonl"):
-        program, _, flags = row["command"].removeprefix("python ").partition(".py ")
-        if program in ("hypo", "dpo") and flags.count("--") == 1:
-            runs[row["command"]], names[row["command"]] = row["evaluations"], program
-    plot_goodhart(runs, names, folder / "hypo_vs_dpo.png")
+def readme_table(reports: dict[str, dict]) -> str:
+    """The rows of README: the primary claims, and the first claim of some other studies."""
+    lines = [*reports["main"]["claims"], *(reports[name]["claims"][0] for name in README_ROWS if name in reports)]
+    return "\n".join(["| | the papers' claim | here | |", "| ---: | --- | --- | --- |", *(
+        f"| {i} | {line['paper']} | {line['here']} | **{line['verdict']}** |" for i, line in enumerate(lines, 1))])
+
+
+def write_readme(root: Path) -> None:
+    """Put that table between the marks in README.md."""
+    text, table = (root / "README.md").read_text(encoding="utf-8"), readme_table(read_reports(root / "results"))
+    before, rest = text.split(BEGIN)
+    write_text(root / "README.md", f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")
+
+
+BEGIN, END = "<!-- from results/: python -m experiments pages -->", "<!-- end of it -->"
+
+
+def read_reports(folder: Path) -> dict[str, dict]:
+    """The reports that a folder holds."""
+    paths = {name: folder / f"{name}.json" for name in STUDIES}
+    return {name: read_json(path) for name, path in paths.items() if path.exists()}
 
 
 def write_pages(folder: Path, names) -> None:
     """The pictures of the named studies, and README.md with all that have a report in the folder."""
-    paths = {name: folder / f"{name}.json" for name in STUDIES}
-    reports = {name: read_json(path) for name, path in paths.items() if path.exists()}
+    reports = read_reports(folder)
     if not reports:
         raise UserError(f"{folder} holds no report of a study; run this where the project's results/ is")
     for name in names:
@@ -60,10 +69,11 @@ def draw(report: dict, path: Path) -> None:
 
 def page(reports: dict[str, dict]) -> str:
     """README.md of a folder of results."""
-    commits = sorted({report.get("commit", FIRST_COMMIT) for report in reports.values()})
-    counts = Counter(line["verdict"] for report in reports.values() for line in report["claims"])
-    first = f"The numbers on this page are of commit {', '.join(commits)}. " + BEFORE * (FIRST_COMMIT in commits)
-    counted = VERDICTS.format(n=sum(counts.values()), counts=", ".join(f"{n} {name!r}" for name, n in counts.items()))
+    commits = sorted({report["commit"] for report in reports.values()})
+    verdicts = [line["verdict"] for report in reports.values() for line in report["claims"]]
+    kinds = Counter(verdict.partition(" ")[0].strip(":") for verdict in verdicts)
+    counted = VERDICTS.format(n=sum(kinds.values()), counts=", ".join(f"{n} {name!r}" for name, n in kinds.items()))
+    first = f"The numbers on this page are of commit {', '.join(commits)}."
     return "\n\n".join(["# Results of the studies", *map(wrap, (first, HOW, WORDS, counted)),
                         *map(section, reports.values())]) + "\n"
 
@@ -76,11 +86,11 @@ def wrap(text: str) -> str:
 def section(report: dict) -> str:
     """A study's part of the page."""
     columns, study = list(report["table"][0]), STUDIES[report["study"]]
-    command = report["command"].replace("study.py", "-m experiments")
     return "\n".join([
-        f"## {report['study']}", "", f"**{report['title']}** `{command}`, seeds {report['seeds'][0]} to "
+        f"## {report['study']}", "", f"**{report['title']}** `{report['command']}`, seeds {report['seeds'][0]} to "
         f"{report['seeds'][-1]}; {report['core-minutes']:.0f} minutes of training on one core ({report['hardware']}).",
         "", f"![{report['title']}]({report['study']}.png)", "", wrap(study.caption), "",
+        wrap(f"Declared: {study.conclude.__doc__}"), "",
         "| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |",
         *("| " + " | ".join(row.values()) + " |" for row in report["table"]), "",
         *(f"- {sentence(line, '**')}" for line in report["claims"])])

@@ -1,17 +1,18 @@
 """The controlled setting of Tang et al. 2024 (arXiv 2405.08448, section 3), and what a run in it starts from.
 
 The golden reward of world.py plays the human. It labels the offline pairs D_golden, two samples of pi_ref a
-prompt. From the same pairs
+prompt: the larger reward always wins. From the same pairs
 
     offline   the policy learns directly;
     online    a proxy reward model learns, which labels pairs that the policy samples as it goes.
 
-So both arms know the same labels. Every evaluation is against the golden baseline, a policy that trained
-online on the golden reward itself, and beside it against pi_ref.
+So both arms know the same labels. A policy is measured by its win rate against the golden baseline, and beside it
+against pi_ref; both opponents are distributions, of 65,536 samples that are drawn once (`golden_weights`).
 
-Different from the paper: labels are drawn from Bradley-Terry instead of being the sign of the preference; the
-proxy is a reward model instead of a pairwise one, scored once a response; and a seed changes pairs, proxy and
-golden baseline, where the paper has one of each.
+Different from the paper: the golden baseline is the exact optimum of the golden reward at b = 1, where the paper
+trains one; the proxy is a reward model instead of a pairwise one, scored once a response; and a seed changes pairs
+and proxy, where the paper has one of each. In a second setting labels are drawn from Bradley-Terry, and in a second
+world what a word is worth depends on the words before it (`fitting_reward`).
 
 The training is that of hypo.py, dpo.py and rlhf.py. A run here is their command, started from `begin` below.
 """
@@ -19,9 +20,9 @@ The training is that of hypo.py, dpo.py and rlhf.py. A run here is their command
 import argparse
 import dataclasses
 import json
-import re
 from collections.abc import Sequence
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
@@ -32,7 +33,8 @@ import hypo
 import rlhf
 import run
 import world
-from eval import implicit_reward_metrics, read_summary, win_rate
+from eval import OPTIMA, frontier, implicit_reward_metrics, read_summary
+from judges import logps_of
 from lm import LM, Encoded
 
 # ---------------------------------------------------------------------------------------------------
@@ -46,9 +48,11 @@ class Run:
     beta: float = 0.1
     lr: float = 1.0  # in units of the study's learning rate
     data: str = "golden"  # which offline pairs: see make_pairs
-    judge: str = "proxy"  # who labels online pairs: proxy, golden; implicit: the offline policy's log-ratio
+    labels: str = "sign"  # of D_golden: the sign of the golden preference, or drawn from bradley-terry
+    world: str = "additive"  # or fitting: whose golden reward
+    judge: str = "proxy"  # who labels online pairs: proxy; implicit: the offline policy's log-ratio
     lam: float = 0.0  # HyPO's
-    rounds: int = 0  # of an iterative run
+    rounds: int = 0  # of an iterative run: all together see as many pairs as an online run
     window: int = 1  # replay: pairs are shuffled within windows of this many steps; 0: all of them
     width: int = 0  # of the policy; 0: the model that --model names
     steps: float = 1.0  # share of the study's steps
@@ -68,17 +72,18 @@ class Run:
         return self.algorithm if self.source == "offline" else f"{self.source} {self.algorithm}"
 
 
-GOLDEN = Run("ipo", "online", judge="golden")  # the opponent of every evaluation
-EARLY = Run("ipo", "online", steps=0.2)  # the online policy as it was early on
+EARLY = Run("ipo", "online", steps=0.2)  # an online policy of few steps
 FINAL = Run("ipo", "online")
 OFFLINE = Run("ipo")
-SIDES = {"early": EARLY, "final": FINAL}  # policies whose samples make offline pairs of other kinds
+SIDES = {"early": EARLY, "final": FINAL}  # whose samples may be a side of offline pairs
 CLASSIFY = Run("classify", "")
+SAMPLES = 128  # of pi_ref for each evaluated response: 65,536, so that the 0.1 % quantile is known to half a nat
+LIKELY = 0.1  # likely pairs leave out what is under this quantile of log pi_ref
 
 
 def setting_of(job: Run) -> Run:
-    """The job that makes the pairs and the proxy of a run."""
-    return Run("setting", "", pairs=job.pairs)
+    """The job that makes the pairs and the proxy of a run; its rate was chosen on seed 1000 by held-out accuracy."""
+    return Run("setting", "", lr=4.0 if job.pairs < 1 else 2.0, labels=job.labels, world=job.world, pairs=job.pairs)
 
 
 def needs(seed: int, job: Run) -> list[tuple[int, Run]]:
@@ -87,7 +92,7 @@ def needs(seed: int, job: Run) -> list[tuple[int, Run]]:
         return []
     if job == CLASSIFY:
         return [(seed, FINAL), (seed, OFFLINE)]
-    found = [setting_of(job), *[GOLDEN] * (job != GOLDEN), *[OFFLINE] * (job.judge == "implicit")]
+    found = [setting_of(job), *[OFFLINE] * (job.judge == "implicit")]
     if job.source == "replay":
         found.append(dataclasses.replace(job, source="online", window=1))
     found += [policy for name, policy in SIDES.items() if name in job.data]
@@ -97,17 +102,26 @@ def needs(seed: int, job: Run) -> list[tuple[int, Run]]:
 # ---------------------------------------------------------------------------------------------------
 # what jobs do: folder is the seed's directory, argv a command line
 
-def make_setting(argv: list[str], out: Path) -> dict:
+def make_setting(job: Run, argv: list[str], out: Path) -> dict:
     """D_golden, held-out pairs, the best unseen responses, and the proxy: stage 1 of rlhf.py on D_golden."""
     def begin_setting(args):
-        start = data.start(args)
-        for kind, pairs in (("pairs", start.pairs), ("held_out", start.held_out), ("best", best_unseen(start, args))):
-            data.write_pairs(pairs_file(args.out, kind), pairs)
-        return start
+        policy, golden = load_ref(job, args), GOLDEN_JUDGES[job.world]
+        ref = policy.frozen_copy()
+        prompts, held_out_prompts = world.world_prompts()
+        pairs, held_out = (data.add_ref_logps(ref, data.collect(
+            responder(ref, args), asked, n, seed, golden, sure=job.labels == "sign"))
+            for asked, n, seed in ((prompts, args.pairs, args.seed),
+                                   (held_out_prompts, args.eval_samples // 2, args.seed + 10**6)))
+        unseen = data.add_ref_logps(ref, best_unseen(ref, pairs[:128], golden, args))
+        for kind, made in (("pairs", pairs), ("held_out", held_out), ("best", unseen)):
+            data.write_pairs(pairs_file(args.out, kind), made)
+        best.extend(frontiers(data.samples_of(args, ref, held_out_prompts, golden, None, SAMPLES * args.eval_samples)))
+        return data.Start(policy, ref, pairs, prompts, held_out, held_out_prompts, None, golden, None)
 
+    best: list[tuple[float, dict]] = []
     rlhf.main([*argv, "--stage", "reward"], begin_setting)
     learned = run.read_rows(out / "reward" / "metrics.jsonl")[-1]
-    return {name: learned[name] for name in ("reward_accuracy", "golden_correlation")}
+    return {"frontier": best, **{name: learned[name] for name in ("reward_accuracy", "golden_correlation")}}
 
 
 def pairs_file(out: Path, kind: str = "pairs") -> Path:
@@ -115,16 +129,15 @@ def pairs_file(out: Path, kind: str = "pairs") -> Path:
     return out.with_name(f"{out.name}.{kind}.jsonl")
 
 
-def best_unseen(start: data.Start, args, n: int = 32) -> list[Encoded]:
-    """For some prompts the best of n samples of pi_ref that are not in the pair, beside the pair's chosen response."""
-    asked, policy, best = start.pairs[:128], start.ref, []
-    prompts = [policy.decode(pair.prompt) for pair in asked]
+def best_unseen(policy: LM, asked: list[Encoded], golden: world.Judge, args, n: int = 32) -> list[Encoded]:
+    """For each pair the best of n samples of pi_ref that are not in it, beside its chosen response."""
+    best, prompts = [], [policy.decode(pair.prompt) for pair in asked]
     generator = torch.Generator(args.device).manual_seed(run.seed_of(args.seed, "best"))
     _, ids, texts = policy.respond(prompts * n, args.max_new_tokens, generator)
+    rewards = golden(prompts * n, texts)
     for i, pair in enumerate(asked):
         seen = policy.decode(pair.chosen), policy.decode(pair.rejected)
-        _, j = max((world.golden_reward(prompts[i], texts[j]), j) for j in range(i, len(texts), len(asked))
-                   if texts[j] not in seen)
+        _, j = max((rewards[j], j) for j in range(i, len(texts), len(asked)) if texts[j] not in seen)
         best.append(Encoded(pair.prompt, ids[j], pair.chosen))
     return best
 
@@ -144,22 +157,24 @@ def train(job: Run, argv: list[str], folder: Path) -> None:
 
 def begin(job: Run, folder: Path, args) -> data.Start:
     """What a run of the setting starts from, in place of data.start."""
-    policy, setting = load_ref(job, args), folder / setting_of(job).name
+    policy, setting, judge = load_ref(job, args), folder / setting_of(job).name, GOLDEN_JUDGES[job.world]
     ref = policy.frozen_copy()
-    golden, held_out, best = (data.add_ref_logps(ref, data.read_pairs(pairs_file(setting, kind)))
-                              for kind in ("pairs", "held_out", "best"))
-    proxy = data.judge_named(str(setting / "reward" / "model"), args.device)
-    label = proxy if job.judge == "proxy" else world.golden_judge
+    golden, held_out, best = (data.read_pairs(pairs_file(setting, kind)) for kind in ("pairs", "held_out", "best"))
+    if job.width:  # another pi_ref
+        golden, held_out, best = (data.add_ref_logps(ref, pairs) for pairs in (golden, held_out, best))
+    prompts, held_out_prompts = world.world_prompts()
+    samples = data.samples_of(args, ref, held_out_prompts, judge, None, SAMPLES * args.eval_samples)
+    proxy = label = data.judge_named(str(setting / "reward" / "model"), args.device)
     if job.judge == "implicit":
         label = implicit_judge(policy_of(OFFLINE, folder, args), ref, args.max_new_tokens)
     pairs = golden
     if job.data != "golden":
-        pairs = data.add_ref_logps(ref, make_pairs(job, ref, folder, args))
+        pairs = data.add_ref_logps(ref, make_pairs(job, ref, samples, folder, args))
         data.write_pairs(pairs_file(args.out), pairs)
-    baseline = run.read_json(folder / GOLDEN.name / "baseline.json")["rewards"] if job != GOLDEN else None
-    prompts, held_out_prompts = world.world_prompts()
-    return data.Start(policy, ref, pairs, prompts, held_out, held_out_prompts, label, world.golden_judge, None,
-                      measures(golden[:256], best, baseline, proxy))
+    if job.rounds:  # a round asks for as many pairs as there are offline
+        pairs = list(islice(cycle(golden), args.steps * args.batch_size // job.rounds))
+    return data.Start(policy, ref, pairs, prompts, held_out, held_out_prompts, label, judge, None, samples,
+                      measures(golden[:256], best, samples, proxy, len(held_out_prompts)))
 
 
 def load_ref(job: Run, args) -> LM:
@@ -179,24 +194,34 @@ def args_of(job: Run, folder: Path) -> argparse.Namespace:
     return argparse.Namespace(**read_summary(folder / job.name)["settings"])
 
 
-def write_baseline(folder: Path) -> None:
-    """The rewards of the golden baseline's responses, the opponent of all other runs.
-
-    The responses are drawn apart from every evaluation.
-    """
-    args = args_of(GOLDEN, folder)
-    prompts = world.world_prompts()[1]
-    asked = [prompts[i % len(prompts)] for i in range(args.eval_samples)]
-    with run.precision(args):
-        policy = policy_of(GOLDEN, folder, args)
-        _, _, texts = responder(policy, args)(asked, run.seed_of(args.seed, "baseline"))
-    run.write_text(folder / GOLDEN.name / "baseline.json", json.dumps({"rewards": world.golden_judge(asked, texts)}))
-
-
 # ---------------------------------------------------------------------------------------------------
-# pairs of other kinds, another judge, and further measures
+# the second world, pairs of other kinds, another judge, and further measures
 
-UNCOVERED = re.compile(r"\b(?:awful|terrible|dreadful|boring|hated)\b")  # what partial-coverage data never say
+def fitting_reward(prompt: str, response: str) -> float:
+    """The golden reward of the second world: 3 more for each opinion that fits the one before it, 3 less if not.
+
+    Two opinions fit if both are good or both are bad; after "but", if one is good and one is bad.
+
+    >>> fitting_reward("The plot was", " superb, but the music felt dull.")
+    4.0
+    >>> fitting_reward("The plot was", " superb, and the music felt dull.")
+    -2.0
+    """
+    reward, before, sign, joint = world.golden_reward(prompt, response), 0, 1, ""
+    for word in map(str.lower, world.WORD.findall(response)):
+        if word in world.CLAUSE_BREAKS:
+            sign, joint = 1, word
+        elif word in world.NEGATIONS:
+            sign = -sign
+        elif opinion := sign * world.VALENCE.get(word, 0):
+            if before:
+                reward += 3 if (before * opinion > 0) != (joint == "but") else -3
+            before = opinion
+    return max(-world.REWARD_BOUND, min(world.REWARD_BOUND, reward))
+
+
+GOLDEN_JUDGES = {"additive": world.golden_judge, "fitting": world.Judge(
+    "fitting", lambda prompts, texts: [fitting_reward(x, y) for x, y in zip(prompts, texts, strict=True)])}
 
 
 def responder(policy: LM, args):
@@ -206,18 +231,18 @@ def responder(policy: LM, args):
     return respond
 
 
-def make_pairs(job: Run, ref: LM, folder: Path, args) -> list[Encoded]:
+def make_pairs(job: Run, ref: LM, samples: list[dict], folder: Path, args) -> list[Encoded]:
     """The offline pairs that a run learns from, of the kind job.data; the golden preference labels all kinds.
 
-    final-final, sft-early, early-final: the sides come from pi_ref (sft) and from the online policy after a fifth
-    of its training (early) and at its end (final). covered: both sides come from pi_ref given that they hold no
-    word of UNCOVERED.
+    final-final, sft-early, early-final: the sides come from pi_ref (sft), from an online policy of few steps (early)
+    and from the online policy (final). likely: both sides come from pi_ref, but for the least likely tenth.
     """
     respond = responder(ref, args)
 
-    def covered(prompts, seed: int):
+    def likely(prompts, seed: int):
+        floor = quantile(samples, LIKELY)
         prompt_ids, ids, texts = respond(prompts, seed)
-        while again := [i for i, text in enumerate(texts) if UNCOVERED.search(text)]:
+        while again := [i for i, logp in enumerate(logps_of(ref, prompt_ids, ids)) if logp < floor]:
             seed = run.seed_of(seed, "again")
             _, new_ids, new_texts = respond([prompts[i] for i in again], seed)
             for i, new, text in zip(again, new_ids, new_texts):
@@ -229,11 +254,16 @@ def make_pairs(job: Run, ref: LM, folder: Path, args) -> list[Encoded]:
         first, second = sides[0](prompts[:half], seed), sides[1](prompts[half:], run.seed_of(seed, "second"))
         return [a + b for a, b in zip(first, second)]
 
-    if job.data != "covered":
+    if job.data != "likely":
         sides = [respond if side == "sft" else responder(policy_of(SIDES[side], folder, args), args)
                  for side in job.data.split("-")]
-    return data.collect(covered if job.data == "covered" else two_sided, world.world_prompts()[0], args.pairs,
-                        args.seed, world.golden_judge)
+    return data.collect(likely if job.data == "likely" else two_sided, world.world_prompts()[0], args.pairs,
+                        args.seed, GOLDEN_JUDGES[job.world], sure=job.labels == "sign")
+
+
+def quantile(samples: list[dict], share: float) -> float:
+    """Of log pi_ref, nats: this share of pi_ref's own samples is below it."""
+    return sorted(row["logp"] for row in samples)[int(share * len(samples))]
 
 
 def implicit_judge(policy: LM, ref: LM, max_new_tokens: int) -> world.Judge:
@@ -249,31 +279,53 @@ def implicit_judge(policy: LM, ref: LM, max_new_tokens: int) -> world.Judge:
     return world.Judge("implicit", log_ratios)
 
 
-def measures(pairs: list[Encoded], best: list[Encoded], baseline: list[float] | None, proxy):
+def golden_weights(samples: list[dict], n_prompts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The golden baseline: (rewards, weights), (n_prompts, m) each, of pi_ref's samples to each prompt.
+
+    It is the optimum of V - KL for the golden reward, pi_ref(y|x) exp(r(x, y)) / Z(x): pi_ref's own samples, weighted.
+    """
+    rewards = torch.tensor([row["reward"] for row in samples], dtype=torch.float64).view(-1, n_prompts).T
+    return rewards, rewards.softmax(1)
+
+
+def frontiers(samples: list[dict]) -> list[tuple[float, dict]]:
+    """(KL, win rates) of the best policies, see eval.frontier: against pi_ref and against the golden baseline."""
+    rewards = torch.tensor([row["reward"] for row in samples], dtype=torch.float64)
+    values, counts = rewards.unique(return_counts=True)
+    log_share = (counts / len(samples)).log()  # of pi_ref, for each value that the reward has
+    golden = (log_share + values).softmax(0)
+    beats = golden.cumsum(0) - golden / 2  # win rate against the golden baseline of a response of that value
+    return [(kl, {"win_rate": rate, "golden_win_rate": ((log_share + values / b).softmax(0) @ beats).item()})
+            for b, (kl, rate, _) in zip(OPTIMA, frontier(rewards))]
+
+
+def measures(pairs: list[Encoded], best: list[Encoded], samples: list[dict], proxy, n_prompts: int):
     """The function (policy, evaluated rows) -> metrics that the studies add to every evaluation.
 
-    win_rate_picks, win_rate_judges        against pi_ref on each half of the held-out prompts
-    golden_win_rate_picks, ..._judges      against the golden baseline
-    sampled_proxy_reward                   mean reward by the proxy, where golden_reward is by the golden one
+    golden_win_rate, golden_reward      against the golden baseline; the mean, under one name in both worlds
+    good                                share of responses of golden reward 4 or more, of at most 5
+    sampled_proxy_reward                mean reward by the proxy, where golden_reward is by the golden one
+    unlikely                            share of responses among the tenth that pi_ref is least likely to write
     data_accuracy, data_chosen_logratio, data_rejected_logratio     on pairs of D_golden, as labelled
-    best_logratio                          log-ratio of good responses that are not in D_golden
-    uncovered                              share of responses that say what partial-coverage data never say
+    best_logratio                       log-ratio of good responses that are not in D_golden
 
-    pairs: of D_golden; best: of best_unseen. baseline: the golden baseline's rewards.
+    pairs: of D_golden; best: of best_unseen; samples: pi_ref's.
     """
+    theirs, weights = golden_weights(samples, n_prompts)
+    floor = quantile(samples, LIKELY)
+
     def more(policy, rows: list[dict]) -> dict:
-        rewards, texts = [row["reward"] for row in rows], [row["response"] for row in rows]
-        opponents = {"win_rate": [row["ref_reward"] for row in rows]}
-        if baseline:
-            opponents["golden_win_rate"] = baseline
-        metrics = {f"{name}_{half}": win_rate(rewards[start::2], against[start::2])[0]
-                   for name, against in opponents.items() for half, start in (("picks", 0), ("judges", 1))}
-        judged = proxy([row["prompt"] for row in rows], texts)
+        n, texts = len(rows), [row["response"] for row in rows]
+        rewards = torch.tensor([row["reward"] for row in rows], dtype=torch.float64)  # (n,)
+        asked = torch.arange(n) % n_prompts
+        wins = ((rewards[:, None] > theirs[asked]) + 0.5 * (rewards[:, None] == theirs[asked])) * weights[asked]
         on_data = implicit_reward_metrics(policy, pairs)
-        return {**metrics, "sampled_proxy_reward": sum(judged) / len(judged),
+        return {"golden_win_rate": wins.sum().item() / n, "golden_reward": rewards.mean().item(),
+                "good": (rewards >= 4).double().mean().item(),
+                "sampled_proxy_reward": sum(proxy([row["prompt"] for row in rows], texts)) / n,
+                "unlikely": sum(row["ref_logp"] < floor for row in rows) / n,
                 **{f"data_{name}": value for name, value in on_data.items()},
-                "best_logratio": implicit_reward_metrics(policy, best)["chosen_logratio"],
-                "uncovered": sum(bool(UNCOVERED.search(text)) for text in texts) / len(texts)}
+                "best_logratio": implicit_reward_metrics(policy, best)["chosen_logratio"]}
     return more
 
 

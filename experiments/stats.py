@@ -1,25 +1,26 @@
-"""Statistics over seeds: intervals, the best checkpoints of a sweep, arms at equal KL, verdicts."""
+"""Statistics over seeds: intervals, arms at a fixed KL, verdicts."""
 
 import functools
 import json
 import math
 import statistics
+from collections.abc import Sequence
 
 from eval import read_metrics, read_summary
 from experiments.setting import Run
 from run import json_object
 
-WIN = "golden_win_rate_judges"  # the win rate against the golden baseline, on the prompts that pick nothing
-EDGES = [0.25, 0.5, 1, 2, 4, 8, 16, 32, 64]  # of the bins of KL, nats a sequence
-Arms = dict[str, list[Run]]  # an arm is a sweep of runs
-Bins = dict[int, float]  # number of a bin of KL -> a value there
+WIN = "golden_win_rate"
+MARGINS = {WIN: 0.03, "win_rate": 0.03, "off_support": 0.01}  # differences below these do not matter
+Arms = dict[str, list[Run]]  # an arm is a sweep of beta
 
 
 class Results:
     """A study's report, as in results/NAME.json.
 
     results[run] has for each seed its evaluations: dicts of metrics, the first of step 0. `beside` is all of the
-    report, with what some studies need beside the evaluations. A list of values has one value for each seed.
+    report, with what some studies need beside the evaluations. A list of values has one value for each seed, None
+    where a seed has none.
     """
 
     def __init__(self, report: dict):
@@ -28,21 +29,9 @@ class Results:
     def __getitem__(self, run: Run) -> list[list[dict]]:
         return self.beside["evaluations"][run.name]
 
-    def checkpoints(self, arm: list[Run]) -> list[list[dict]]:
-        """For each seed all evaluations of the arm but those of step 0; under "last", the run's last one."""
-        return [[{**line, "last": lines[-1]} for lines in of_seed for line in lines[1:]]
-                for of_seed in zip(*(self[run] for run in arm))]
-
-    def peak(self, arm: list[Run]) -> list[dict]:
-        """For each seed the evaluation that one half of the prompts likes best, over all runs and steps of the arm.
-
-        Its values ending in _judges are of the other half.
-        """
-        return [max(lines, key=picks) for lines in self.checkpoints(arm)]
-
-    def peaks(self, arms: Arms) -> dict[str, list[float]]:
-        """Arm -> the win rates against the golden baseline at the arm's peaks."""
-        return {label: column(self.peak(arm), WIN) for label, arm in arms.items()}
+    def checkpoints(self, arm: list[Run]) -> list[dict]:
+        """All evaluations of an arm, of all seeds, but those of step 0."""
+        return [line for run in arm for lines in self[run] for line in lines[1:]]
 
     def last(self, run: Run, name: str) -> list[float]:
         """A metric at the last step."""
@@ -52,33 +41,27 @@ class Results:
         """A metric of a run at the last step, minus that of another."""
         return minus(self.last(run, name), self.last(other, name))
 
-    def row(self, label: str, arm: list[Run]) -> dict[str, str]:
-        """A line of a table: an arm's best checkpoints, and where their runs end."""
-        best = self.peak(arm)
-        return {"arm": label, "win rate against golden": cell(column(best, WIN)),
-                "against pi_ref": cell(column(best, "win_rate_judges")),
-                "at KL": cell(column(best, "reverse_kl"), ".1f"),
-                "same run, last step": cell([line["last"][WIN] for line in best])}
+    def at_kl(self, arm: list[Run], kl: float, name: str) -> list[float | None]:
+        """For each seed a metric at a KL: on the line between the two runs of the arm that end on either side of it.
 
-    def envelope(self, arm: list[Run]) -> list[Bins]:
-        """For each seed: bin of KL -> win rate against the golden baseline of the arm's best checkpoint in it."""
-        by_seed = []
-        for checkpoints in self.checkpoints(arm):
-            bins: dict[int, list[dict]] = {}
-            for line in checkpoints:
-                bins.setdefault(sum(line["reverse_kl"] >= edge for edge in EDGES), []).append(line)
-            by_seed.append({i: max(lines, key=picks)[WIN] for i, lines in bins.items() if 0 < i < len(EDGES)})
-        return by_seed
+        The line is over log KL. None for a seed whose runs all end on one side. Only last steps count: checkpoints on
+        the way are not settled.
+        """
+        found: list[float | None] = []
+        for of_seed in zip(*(self[run] for run in arm)):
+            ends = sorted((lines[-1]["reverse_kl"], lines[-1][name]) for lines in of_seed)
+            between = [(a, b) for a, b in zip(ends, ends[1:]) if a[0] <= kl <= b[0]]
+            found.append(None)
+            if between:
+                (low, left), (high, right) = between[0]
+                share = math.log(kl / low) / math.log(high / low) if high > low else 0.5
+                found[-1] = left + share * (right - left)
+        return found
 
-    def at_equal_kl(self, arm: list[Run], other: list[Run]) -> list[Bins]:
-        """For each seed: bin of KL that both arms reach -> difference of their envelopes there."""
-        return [{i: a[i] - b[i] for i in sorted(a.keys() & b.keys())}
-                for a, b in zip(self.envelope(arm), self.envelope(other))]
-
-
-def picks(line: dict) -> float:
-    """What picks a checkpoint: the win rate on the prompts that do not judge."""
-    return line["golden_win_rate_picks"]
+    def change_at_kl(self, arm: list[Run], other: list[Run], kl: float, name: str) -> list[float]:
+        """The difference of two arms there, in the seeds in which both reach it."""
+        both = zip(self.at_kl(arm, kl, name), self.at_kl(other, kl, name))
+        return [a - b for a, b in both if a is not None and b is not None]
 
 
 def column(lines: list[dict], name: str) -> list[float]:
@@ -91,36 +74,27 @@ def minus(a: list[float], b: list[float]) -> list[float]:
     return [x - y for x, y in zip(a, b, strict=True)]
 
 
-def reached(by_seed: list[Bins]) -> dict[tuple[float, float], list[float]]:
-    """Bins of KL that at least four of five seeds reach: (low, high) edge -> the values of those seeds."""
-    bins = {(EDGES[i - 1], EDGES[i]): [bins[i] for bins in by_seed if i in bins] for i in range(1, len(EDGES))}
-    return {edges: values for edges, values in bins.items() if len(values) >= 0.8 * len(by_seed)}
-
-
-def mean_over_bins(by_seed: list[Bins]) -> list[float]:
-    """Of a seed without a bin, nothing."""
-    return [statistics.fmean(bins.values()) for bins in by_seed if bins]
-
-
 # ---------------------------------------------------------------------------------------------------
-# intervals and verdicts
+# intervals
+
+def student_within(t: float, df: int) -> float:
+    """P(|T| <= t), T of Student's distribution with df degrees of freedom: Abramowitz and Stegun 26.7.3 and 26.7.4."""
+    theta, odd = math.atan(t / math.sqrt(df)), df % 2
+    cosine = math.cos(theta)
+    term = total = 0.0 if df == 1 else cosine if odd else 1.0
+    for j in range(3 if odd else 2, df, 2):
+        term *= cosine**2 * (j - 1) / j
+        total += term
+    return (2 / math.pi) * (theta + math.sin(theta) * total) if odd else math.sin(theta) * total
+
 
 @functools.cache
 def student_95(df: int) -> float:
-    """The t that |T| exceeds with probability 0.05, T of Student's distribution with df degrees of freedom."""
-    def within(t: float) -> float:  # P(|T| <= t), Abramowitz and Stegun 26.7.3 and 26.7.4
-        theta, odd = math.atan(t / math.sqrt(df)), df % 2
-        cosine = math.cos(theta)
-        term = total = 0.0 if df == 1 else cosine if odd else 1.0
-        for j in range(3 if odd else 2, df, 2):
-            term *= cosine**2 * (j - 1) / j
-            total += term
-        return (2 / math.pi) * (theta + math.sin(theta) * total) if odd else math.sin(theta) * total
-
+    """The t that |T| exceeds with probability 0.05."""
     low, high = 0.0, 20.0  # the largest is 12.7, at df = 1
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if within(middle) < 0.95 else (low, middle)
+        low, high = (middle, high) if student_within(middle, df) < 0.95 else (low, middle)
     return high
 
 
@@ -133,32 +107,95 @@ def estimate(values: list[float]) -> tuple[float, float, float]:
     return mean, student_95(len(values) - 1) * error, error
 
 
-def cell(values: list[float], form: str = ".3f") -> str:
-    """Mean and interval as text."""
-    if not values:
-        return "no seed has one"
+def interval(values: list[float], is_share: bool = False) -> tuple[float, float]:
+    """Student's 95 % interval; of a share on the scale of log-odds, on which it cannot leave [0, 1]."""
     mean, half, _ = estimate(values)
-    return f"{mean:{form}} [{mean - half:{form}}, {mean + half:{form}}]" if len(values) > 1 else f"{mean:{form}}"
+    if not is_share or not 0 < mean < 1 or math.isnan(half):
+        return mean - half, mean + half
+    middle, half = math.log(mean / (1 - mean)), half / (mean * (1 - mean))  # the slope of the log-odds
+    return tuple(1 / (1 + math.exp(-x)) for x in (middle - half, middle + half))  # type: ignore[return-value]
 
 
-def claim(paper: str, quantity: str, values: list[float], expected: str = "above 0", form: str = "+.3f") -> dict:
-    """What a paper found, what came out here, by how many standard errors, and whether they agree.
+def cell(values: Sequence[float | None], form: str = ".3f", is_share: bool = False) -> str:
+    """Mean and interval as text, and how many seeds have a value if not all."""
+    there = [value for value in values if value is not None]
+    if not there:
+        return "no seed has one"
+    low, high = interval(there, is_share)
+    text = f"{statistics.fmean(there):{form}}" + f" [{low:{form}}, {high:{form}}]" * (len(there) > 1)
+    return text + f" ({len(there)} of {len(values)} seeds)" * (len(there) < len(values))
 
-    values: for each seed a quantity that by the paper is `expected`: "above 0", "below 0" or "not above 0".
+
+def share(values: Sequence[float | None], form: str = ".3f") -> str:
+    """`cell` of a win rate, an accuracy or another share."""
+    return cell(values, form, is_share=True)
+
+
+# ---------------------------------------------------------------------------------------------------
+# verdicts
+
+def claim(paper: str, quantity: str, values: list[float], expected: str = "above", margin: float = 0.03,
+          form: str = "+.3f") -> dict:
+    """What a paper says, and for each seed a quantity that by the paper is `expected`: above 0, below 0, or equal.
+
+    equal: nearer to 0 than the margin. `decide` adds the verdict, which needs all claims of the study.
     """
     mean, half, error = estimate(values)
-    low, high = mean - half, mean + half
-    if len(values) < 2:
-        verdict = "not resolved"
-    elif expected == "not above 0":
-        verdict = "contradicted" if low > 0 else "not contradicted"
-    else:
-        side = 1 if expected == "above 0" else -1
-        verdict = "holds" if min(side * low, side * high) > 0 else (
-            "reversed" if max(side * low, side * high) < 0 else "not resolved")
-    return {"paper": paper, "quantity": quantity, "expected": expected, "values": values, "mean": mean,
-            "interval": [low, high], "standard_errors": mean / error if error > 0 else None, "verdict": verdict,
-            "here": f"{quantity} {cell(values, form)}" + (f", {mean / error:+.1f} s.e." if error > 0 else "")}
+    return {"paper": paper, "quantity": quantity, "expected": expected, "margin": margin, "values": values,
+            "mean": mean, "interval": [mean - half, mean + half], "p": p_not_zero(mean, error, len(values)),
+            "p_equal": p_not_within(mean, error, len(values), margin),
+            "here": f"{quantity} {cell(values, form)}"}
+
+
+def p_not_zero(mean: float, error: float, n: int) -> float:
+    """Student's two-sided test of mean 0; 1 with less than two seeds."""
+    if n < 2:
+        return 1.0
+    return 1 - student_within(abs(mean) / error, n - 1) if error else float(mean == 0)
+
+
+def p_not_within(mean: float, error: float, n: int, margin: float) -> float:
+    """Two one-sided tests: of a mean at -margin or below, and at margin or above; the larger p of the two."""
+    if n < 2:
+        return 1.0
+    room = margin - abs(mean)
+    tail = (1 - student_within(abs(room) / error, n - 1)) / 2 if error else 0.0
+    return tail if room > 0 else 1 - tail
+
+
+def holm(ps: list[float]) -> list[float]:
+    """Holm's adjusted p-values: below alpha for some true hypothesis with probability alpha at most."""
+    adjusted, largest = [0.0] * len(ps), 0.0
+    for rank, i in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
+        largest = max(largest, min(1.0, (len(ps) - rank) * ps[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+def decide(claims: list[dict]) -> None:
+    """Give the claims of a study their verdicts, corrected for their number by Holm.
+
+    holds; reversed, on the other side of 0; equal, within the margin; different, where equal was expected; or open,
+    with the number of seeds that would find such a mean with probability 0.8.
+    """
+    for line, p, p_equal in zip(claims, holm(column(claims, "p")), holm(column(claims, "p_equal"))):
+        side, expected = "above" if line["mean"] > 0 else "below", line["expected"]
+        if expected == "equal":
+            found = "equal" if p_equal < 0.05 else side if p < 0.05 else "open"
+        else:
+            found = side if p < 0.05 else "equal" if p_equal < 0.05 else "open"
+        line["p_holm"], line["p_equal_holm"] = p, p_equal
+        line["verdict"] = {
+            expected: "holds", "open": "open" + seeds_needed(line["values"]), "equal":
+            f"equal within {line['margin']:g}"}.get(found, "different" if expected == "equal" else "reversed")
+
+
+def seeds_needed(values: list[float]) -> str:
+    """How many seeds find a difference as large as these show, with probability 0.8: ((1.96 + 0.84) sd / mean)^2."""
+    if len(values) < 2 or not statistics.fmean(values):
+        return ""
+    n = (2.8 * statistics.stdev(values) / statistics.fmean(values)) ** 2 + 2  # 2 for Student's wider tails
+    return f": {math.ceil(n)} seeds would tell" if n < 200 else ": more than 200 seeds would tell"
 
 
 # ---------------------------------------------------------------------------------------------------

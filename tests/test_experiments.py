@@ -28,6 +28,7 @@ from test_run import not_in_the_glossary
 
 import data
 import dpo
+import eval
 import hypo
 import rlhf
 import world
@@ -39,7 +40,6 @@ from experiments.setting import (
     CLASSIFY,
     EARLY,
     FINAL,
-    GOLDEN,
     OFFLINE,
     Run,
     needs,
@@ -49,8 +49,8 @@ from experiments.setting import (
     setting_of,
 )
 from experiments.stats import Results
-from experiments.studies import IMPLICIT, REPLAYS, STUDIES
-from judges import load_judge
+from experiments.studies import REPLAYS, STUDIES
+from judges import judged_samples, load_judge, logps_of
 from lm import LM, Encoded
 from models import random_gpt2
 from run import UserError, alone, read_rows
@@ -147,17 +147,19 @@ def weights(run_directory) -> bytes:
     return (run_directory / "policy" / "model.safetensors").read_bytes()
 
 
-PLAIN = {"online": (FINAL, dpo.main), "golden": (GOLDEN, dpo.main), "offline": (OFFLINE, dpo.main),
+PLAIN = {"online": (FINAL, dpo.main), "offline": (OFFLINE, dpo.main),
          "hypo": (Run("hypo", lam=0.004), hypo.main), "ppo": (Run("ppo"), rlhf.main)}
 
 
 @pytest.mark.parametrize("job, main", PLAIN.values(), ids=PLAIN)
 def test_a_job_is_the_plain_command_to_the_byte(job, main, options, folder, tmp_path):
-    execute(options, job)
+    noisy = dataclasses.replace(job, labels="bradley-terry")  # as the commands draw them
+    execute(options, noisy)
+    job = noisy
     argv = [word for flag in jobs.flags_of(options, 0, job).items() for word in flag]
     main([*argv, "--out", str(tmp_path / "plain")])
     assert weights(tmp_path / "plain") == weights(folder / job.name)
-    if job == OFFLINE:
+    if job.label == "ipo":
         main([*argv, "--out", str(tmp_path / "other"), "--lr", "0.00051"])
         assert weights(tmp_path / "other") != weights(folder / job.name)
 
@@ -175,16 +177,26 @@ def test_the_early_policy_is_the_online_run_stopped_early(options, folder):
     assert len(early) == 2 and early[1][name] == whole[1][name]
 
 
-def test_golden_win_rates_are_against_the_baseline_and_the_halves_make_the_whole(options, folder):
-    execute(options, OFFLINE)
-    assert not any("golden_win_rate_judges" in line for line in read_metrics(folder / GOLDEN.name))
-    line = read_metrics(folder / OFFLINE.name)[-1]
-    assert line["win_rate"] == (line["win_rate_picks"] + line["win_rate_judges"]) / 2
-    rewards = [row["reward"] for row in read_rows(folder / OFFLINE.name / "responses.jsonl")]
-    baseline = json.loads((folder / GOLDEN.name / "baseline.json").read_text())["rewards"]
-    wins = [(a > b) + (a == b) / 2 for a, b in zip(rewards, baseline, strict=True)]
-    assert line["golden_win_rate_judges"] == statistics.mean(wins[1::2])
-    assert line["golden_win_rate_picks"] == statistics.mean(wins[0::2])
+@law
+def test_win_rates_are_against_the_optimum_of_the_golden_reward_and_against_pi_ref():
+    """By enumeration: two prompts, four responses each, of which pi_ref says some more often."""
+    said = [[(-1, 3), (0, 4), (2, 1)], [(1, 2), (2, 2), (3, 4)]]  # (reward, how often), prompt by prompt
+    columns = [[reward for reward, n in of_prompt for _ in range(n)] for of_prompt in said]
+    samples = [{"reward": float(reward), "logp": -1.0} for row in zip(*columns) for reward in row]
+    theirs, weights = setting.golden_weights(samples, 2)
+    assert theirs.tolist() == columns
+    for row, of_prompt in zip(weights, said):
+        odds = [n * math.exp(reward) for reward, n in of_prompt]
+        expected = [odd / n / sum(odds) for (_, n), odd in zip(of_prompt, odds) for _ in range(n)]
+        assert row.tolist() == pytest.approx(expected), "pi_ref(y|x) exp(r) / Z(x), each prompt with its own Z"
+    for (kl, rates), b in zip(setting.frontiers(samples), eval.OPTIMA):
+        flat = [reward for of_prompt in columns for reward in of_prompt]
+        odds, golden = ([math.exp(reward / temperature) for reward in flat] for temperature in (b, 1.0))
+        for name, against in (("win_rate", [1.0] * len(flat)), ("golden_win_rate", golden)):
+            wins = sum(a * c * ((x > y) + (x == y) / 2) for a, x in zip(odds, flat) for c, y in zip(against, flat))
+            assert rates[name] == pytest.approx(wins / sum(odds) / sum(against)), (b, name)
+        share = [odd / sum(odds) for odd in odds]
+        assert kl == pytest.approx(sum(p * math.log(p * len(flat)) for p in share), abs=1e-9)
 
 
 def test_a_run_is_an_ordinary_run_and_every_metric_is_in_the_glossary(options, folder):
@@ -202,22 +214,35 @@ def test_step_0_is_pi_ref(options, folder):
     assert line["data_accuracy"] == 0.5
 
 
-def test_proxy_reward_and_uncovered_share_are_of_the_evaluated_responses(options, folder):
+def test_what_studies_add_is_of_the_evaluated_responses(options, folder):
     execute(options, OFFLINE)
     rows = read_rows(folder / OFFLINE.name / "responses.jsonl")
     line = read_metrics(folder / OFFLINE.name)[-1]
     proxy = load_judge(str(folder / setting_of(OFFLINE).name / "reward" / "model"))
     rewards = proxy([row["prompt"] for row in rows], [row["response"] for row in rows])
     assert line["sampled_proxy_reward"] == pytest.approx(statistics.mean(rewards))
-    assert line["uncovered"] == statistics.mean(bool(setting.UNCOVERED.search(row["response"])) for row in rows)
+    assert line["good"] == statistics.mean(row["reward"] >= 4 for row in rows)
+    ref, logps = LM.load(options.model), [row["ref_logp"] for row in rows]
+    prompts, held_out = ([ref.encode_prompt(row["prompt"]) for row in rows], world.world_prompts()[1])
+    assert logps == pytest.approx(logps_of(ref, prompts, [ref.encode_response(row["response"], 24) for row in rows]),
+                                  abs=1e-3)
+    samples, = (read_rows(path) for path in Path(os.environ["HYPO_CACHE"]).glob("samples-*[!k]")
+                if len(read_rows(path)) == 2048)  # 128 for each of 16
+    own = sorted(row["logp"] for row in samples)
+    assert line["unlikely"] == statistics.mean(logp < own[204] for logp in logps)
+    assert line["off_support"] == statistics.mean(logp < own[2] for logp in logps)
+    beats = [statistics.mean((row["reward"] > other["reward"]) + (row["reward"] == other["reward"]) / 2
+                             for other in samples[i % 128::128]) for i, row in enumerate(rows)]
+    assert line["win_rate"] == pytest.approx(statistics.mean(beats))
+    assert len(held_out) == 128
 
 
 def test_each_online_run_is_labelled_by_its_own_judge(options, folder):
-    execute(options, GOLDEN, FINAL, IMPLICIT[1])
+    implicit = dataclasses.replace(FINAL, judge="implicit")
+    execute(options, FINAL, implicit)
     ref, offline = LM.load(options.model), LM.load(str(folder / OFFLINE.name / "policy"))
-    judges = {GOLDEN: world.golden_judge,
-              FINAL: load_judge(str(folder / setting_of(FINAL).name / "reward" / "model")),
-              IMPLICIT[1]: setting.implicit_judge(offline, ref, 24)}
+    judges = {FINAL: load_judge(str(folder / setting_of(FINAL).name / "reward" / "model")),
+              implicit: setting.implicit_judge(offline, ref, 24)}
     for job, judge in judges.items():
         pairs = [pair for pairs in read_stream(folder / job.name / "stream.jsonl") for pair in pairs]
         assert pairs and (setting.judged_gaps(judge, ref, pairs) > 0).all(), job.name
@@ -290,18 +315,49 @@ def test_implicit_gaps_are_the_log_ratio_of_chosen_less_rejected(model_dir):
 
 
 @law
-def test_partial_coverage_pairs_never_say_the_uncovered_words(model_dir):
+def test_likely_pairs_leave_out_what_pi_ref_is_least_likely_to_write(model_dir):
     policy = LM.load(str(model_dir))
     args = Namespace(pairs=100, seed=0, max_new_tokens=24, device="cpu")
+    samples = judged_samples(policy, world.world_prompts()[1], 24, 0, world.golden_judge, None)
+    floor = sorted(row["logp"] for row in samples)[12]
+    assert setting.quantile(samples, 0.1) == floor
 
-    def said(pairs):
-        texts = [policy.decode(side) for pair in pairs for side in (pair.chosen, pair.rejected)]
-        return sum(bool(setting.UNCOVERED.search(text)) for text in texts)
+    def below(pairs):
+        pairs = data.add_ref_logps(policy, pairs)
+        return sum(logp < floor - 1e-3 for pair in pairs for logp in (pair.ref_chosen, pair.ref_rejected))
 
-    covered = setting.make_pairs(Run("dpo", data="covered"), policy, None, args)
-    assert len(covered) == 100 and said(covered) == 0
-    assert said(data.collect(setting.responder(policy, args), world.world_prompts()[0], 100, 0,
-                             world.golden_judge)) > 0
+    likely = setting.make_pairs(Run("dpo", data="likely", labels="bradley-terry"), policy, samples, None, args)
+    assert len(likely) == 100 and below(likely) == 0
+    plain = data.collect(setting.responder(policy, args), world.world_prompts()[0], 100, 0, world.golden_judge)
+    assert below(plain) > 5
+
+
+@law
+def test_labels_are_signs_or_drawn_and_of_the_settings_own_world(options, folder):
+    for job in (FINAL, dataclasses.replace(FINAL, labels="bradley-terry"), dataclasses.replace(FINAL, world="fitting")):
+        execute(options, setting_of(job))
+        gaps = {name: setting.judged_gaps(judge, LM.load(options.model), data.read_pairs(setting.pairs_file(
+            folder / setting_of(job).name))) for name, judge in setting.GOLDEN_JUDGES.items()}
+        sure = (gaps[job.world] > 0).all().item()
+        assert sure == (job.labels == "sign"), "the larger reward always wins, and ties are left out; or noise"
+        assert job.world == "additive" or (gaps["additive"] < 0).any()
+
+
+@law
+@given(st.lists(st.sampled_from([*world.VALENCE, "not", "never", "and", "but", "the", "plot", ",", "."]), max_size=12))
+def test_in_the_second_world_an_opinion_counts_by_the_one_before_it(words):
+    text = " " + " ".join(words) + "."
+    reward = setting.fitting_reward("The plot was", text)
+    extra, before, joint = 0, 0, []
+    for clause in re.split(r"\b(?=and\b|but\b)|(?=[.,])", text):  # a clause begins at its break
+        joint, sign = clause.split()[:1] or joint, 1
+        for word in clause.split():
+            sign = -sign if word in world.NEGATIONS else sign
+            if word in world.VALENCE:
+                value = sign * world.VALENCE[word]
+                extra += 0 if not before else 3 if (value * before < 0) == (joint == ["but"]) else -3
+                before = value
+    assert reward == max(-5, min(5, world.golden_reward("The plot was", text) + extra)), text
 
 
 @law
@@ -315,7 +371,8 @@ def test_the_sides_of_a_pair_come_from_the_policies_that_it_names(kind, sides, m
         [[0]] * len(prompts), [[authors.index(name), i] for i in range(len(prompts))],
         [f" {name} {seed} {i}." for i in range(len(prompts))]))
     args = Namespace(pairs=50, seed=0)
-    pairs = setting.make_pairs(Run("ipo", data=kind), "sft", Path("x"), args)
+    job = Run("ipo", data=kind, labels="bradley-terry")  # the golden reward sees ties in these texts
+    pairs = setting.make_pairs(job, "sft", [], Path("x"), args)
     found = {tuple(sorted(authors[side[0]] for side in (pair.chosen, pair.rejected))) for pair in pairs}
     assert len(pairs) == 50 and found == sides
 
@@ -339,15 +396,15 @@ def test_needs_come_first_and_once(chosen, rng):
 
 
 @pytest.mark.parametrize("job, expected", [
-    (Run("hypo", lam=0.016), {"--lam": "0.016", "--lr": "0.0005", "--judge": "w/0/setting/reward/model"}),
-    (Run("ipo", lr=0.4, pairs=0.2), {"--loss": "ipo", "--sampling": "offline", "--lr": "0.0002", "--pairs": "400",
+    (Run("hypo", lam=0.016), {"--lam": "0.016", "--lr": "0.001", "--judge": "w/0/setting/reward/model"}),
+    (Run("ipo", lr=2.0, pairs=0.2), {"--loss": "ipo", "--sampling": "offline", "--lr": "0.002", "--pairs": "400",
                                      "--judge": "w/0/setting-pairs-0.2/reward/model"}),
     (Run("ipo", "iterative", rounds=8), {"--sampling": "iterative", "--rounds": "8"}),
     (Run("dpo", "replay", window=0), {"--loss": "dpo", "--sampling": "online"}),
-    (Run("ppo", beta=0.3, steps=0.6), {"--steps": "120", "--beta": "0.3"}),
+    (Run("ppo", beta=0.3, steps=0.6), {"--steps": "60", "--beta": "0.3"}),
     (Run("bo2"), {"--loss": "bo2", "--beta": None, "--rounds": None}),
-    (setting_of(OFFLINE), {"--steps": None, "--beta": None, "--judge": None}),
-    (GOLDEN, {"--judge": "golden"})], ids=lambda value: getattr(value, "name", ""))
+    (setting_of(OFFLINE), {"--steps": None, "--beta": None, "--judge": None})],
+    ids=lambda value: getattr(value, "name", ""))
 def test_the_flags_of_a_job_say_what_sets_it_apart(job, expected):
     full = Namespace(**command.FULL, model="tiny", device="cpu", work=Path("w"))
     found = jobs.flags_of(full, 0, job)
@@ -439,63 +496,105 @@ def test_about_95_of_100_intervals_hold_the_truth():
 @given(values)
 def test_a_verdict_turns_with_the_sign(xs):
     assume(max(xs) - min(xs) > 1e-3)
-    turned = {"holds": "reversed", "reversed": "holds", "not resolved": "not resolved"}
-    up, down = (stats.claim("", "", sign, "above 0")["verdict"] for sign in (xs, [-x for x in xs]))
-    assert down == turned[up] and stats.claim("", "", xs, "below 0")["verdict"] == down
-    low, high = stats.claim("", "", xs)["interval"]
-    assert up == ("holds" if low > 0 else "reversed" if high < 0 else "not resolved")
-    assert stats.claim("", "", xs, "not above 0")["verdict"] == ("contradicted" if low > 0 else "not contradicted")
-
-
-def test_where_no_seed_has_a_value_nothing_is_resolved():
-    report = json.loads(REPORTS["goodhart"].read_text())
-    for lines in (lines for by_seed in report["evaluations"].values() for lines in by_seed):
-        for line in lines:
-            line["reverse_kl"] /= 1e4  # no bin of KL is reached
-    claim = STUDIES["goodhart"].conclude(Results(report))[1][0]
-    assert (claim["verdict"], claim["values"]) == ("not resolved", []) and "no seed has one" in claim["here"]
-
-
-def lines_of(rng, n=6):
-    return [{"step": 10 * i, "reverse_kl": rng.uniform(0.4, 60), **{
-        f"{name}_{half}": rng.random() for name in ("win_rate", "golden_win_rate") for half in ("picks", "judges")}}
-        for i in range(n)]
+    up, down, turned = (stats.claim("", "", sign, expected) for sign, expected in (
+        (xs, "above"), ([-x for x in xs], "below"), (xs, "below")))
+    for line in (up, down, turned):
+        stats.decide([line])
+    assert up["verdict"] == down["verdict"] and up["p"] == pytest.approx(down["p"])
+    assert {"holds": "reversed", "reversed": "holds"}.get(up["verdict"], up["verdict"]) == turned["verdict"]
+    low, high = up["interval"]
+    assert (up["verdict"] in ("holds", "reversed")) == (low > 0 or high < 0), "p < .05 as 0 is outside the interval"
+    assert not low < 0 < high or up["verdict"].split()[0].strip(":") in ("open", "equal")
 
 
 @law
-@given(seeds)
-def test_the_half_that_picks_does_not_judge(rng):
-    arm = [Run("ipo"), Run("dpo")]
-    found = {job.name: [lines_of(rng) for _ in range(3)] for job in arm}
-    judged_anew = {name: [[{**line, stats.WIN: rng.random()} for line in lines] for lines in by_seed]
-                   for name, by_seed in found.items()}
-    peaks = (Results({"evaluations": each}).peak(arm) for each in (found, judged_anew))
-    for best, other, *by_run in zip(*peaks, *found.values()):
-        assert best["step"] == other["step"] > 0
-        picks = [line["golden_win_rate_picks"] for lines in by_run for line in lines[1:]]
-        assert best["golden_win_rate_picks"] == max(picks)
-        assert best["last"] in [lines[-1] for lines in by_run]
+@given(values, st.floats(0.01, 4))
+def test_equal_is_an_interval_of_90_percent_within_the_margin(xs, margin):
+    assume(max(xs) - min(xs) > 1e-3)
+    line = stats.claim("", "", xs, "equal", margin)
+    low, high = 0.0, 20.0
+    for _ in range(60):  # the quantile of two tests at 5 %, one a side
+        t = (low + high) / 2
+        low, high = (t, high) if stats.student_within(t, len(xs) - 1) < 0.9 else (low, t)
+    mean, _, error = stats.estimate(xs)
+    room = margin - abs(mean) - t * error
+    assume(abs(room) > 1e-6)
+    assert (line["p_equal"] < 0.05) == (room > 0)
+    stats.decide([line])
+    assert (line["verdict"] == "holds") == (room > 0)
 
 
 @law
-def test_picking_by_the_judges_would_flatter():
-    """On pure noise a peak is worth 1/2; judged by the half that picked it, it would seem far better."""
-    rng = random.Random(0)
-    results = Results({"evaluations": {Run("ipo").name: [lines_of(rng, 20) for _ in range(400)]}})
-    best = results.peak([Run("ipo")])
-    assert abs(statistics.mean(line[stats.WIN] for line in best) - 0.5) < 0.05
-    assert statistics.mean(line["golden_win_rate_picks"] for line in best) > 0.9
+def test_students_tests_reject_what_is_true_5_times_in_100():
+    rng, found = random.Random(0), {"p": 0, "p_equal": 0}
+    for _ in range(2000):
+        line = stats.claim("", "", [rng.gauss(0, 1) for _ in range(6)], margin=1.0)
+        found["p"] += line["p"] < 0.05
+        edge = stats.claim("", "", [rng.gauss(1, 1) for _ in range(6)], margin=1.0)  # a mean at the margin
+        found["p_equal"] += edge["p_equal"] < 0.05
+    assert 70 < found["p"] < 130 and found["p_equal"] < 130, found
 
 
 @law
-@given(seeds)
-def test_the_envelope_has_each_bins_best(rng):
-    lines = lines_of(rng, 30)
-    bins = Results({"evaluations": {Run("ipo").name: [lines]}}).envelope([Run("ipo")])[0]
-    for i, value in bins.items():
-        inside = [line for line in lines[1:] if stats.EDGES[i - 1] <= line["reverse_kl"] < stats.EDGES[i]]
-        assert value == max(inside, key=lambda line: line["golden_win_rate_picks"])[stats.WIN]
-    assert sum(stats.EDGES[0] <= line["reverse_kl"] for line in lines[1:]) >= len(bins) > 0
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=9))
+def test_holm_steps_down(ps):
+    adjusted = stats.holm(ps)
+    order = sorted(range(len(ps)), key=ps.__getitem__)
+    for alpha in (0.01, 0.05, 0.5):  # the textbook's procedure: stop at the first that fails
+        rejected = set()
+        for rank, i in enumerate(order):
+            if ps[i] * (len(ps) - rank) >= alpha:
+                break
+            rejected.add(i)
+        assert {i for i, p in enumerate(adjusted) if p < alpha} == rejected
+    assert all(p <= q for p, q in zip(ps, adjusted))
+
+
+@law
+def test_the_number_of_seeds_that_would_tell_tells():
+    rng, words = random.Random(1), stats.seeds_needed([0.0, 0.03, 0.06, 0.01, 0.05])
+    n = int(re.search(r"\d+", words).group())
+    values = [0.0, 0.03, 0.06, 0.01, 0.05]
+    mean, sd = statistics.mean(values), statistics.stdev(values)
+    found = sum(stats.claim("", "", [rng.gauss(mean, sd) for _ in range(n)])["p"] < 0.05 for _ in range(1000))
+    assert 700 < found < 930, f"power {found / 1000} with {n} seeds"
+    assert "more than 200" in stats.seeds_needed([1.0, -0.99]) and stats.seeds_needed([1.0]) == ""
+
+
+@law
+@given(st.lists(st.floats(0.01, 0.99), min_size=2, max_size=8))
+def test_the_interval_of_a_share_stays_inside_0_1(xs):
+    low, high = stats.interval(xs, is_share=True)
+    assert 0 <= low <= statistics.mean(xs) + 1e-9 and statistics.mean(xs) - 1e-9 <= high <= 1
+    narrow = [0.5 + (x - 0.5) / 1e4 for x in xs]
+    mean, half, _ = stats.estimate(narrow)
+    assert stats.interval(narrow, True) == pytest.approx((mean - half, mean + half), abs=1e-7), "Student's"
+    assert stats.interval([0.0, 0.0], True) == (0, 0) and stats.interval([0.9, 0.99, 0.999], True)[1] < 1
+
+
+def test_where_no_seed_has_a_value_nothing_is_decided():
+    line = stats.claim("P.", "q", [])
+    stats.decide([line])
+    assert line["verdict"] == "open" and "no seed has one" in line["here"]
+
+
+@law
+@given(st.lists(st.tuples(st.floats(0.1, 20), st.floats(0, 1)), min_size=2, max_size=6), st.floats(0.1, 20))
+def test_at_a_fixed_kl_a_metric_lies_on_the_line_between_the_last_steps_on_either_side(ends, kl):
+    arm = [Run("ipo", beta=i + 1.0) for i in range(len(ends))]
+    wrong = {"reverse_kl": kl, "w": 7.0}  # a checkpoint on the way, right at the KL
+    results = Results({"evaluations": {job.name: [[{"reverse_kl": 0.0, "w": 9.0}, wrong, {"reverse_kl": x, "w": y}]]
+                                       for job, (x, y) in zip(arm, ends)}})
+    found, = results.at_kl(arm, kl, "w")
+    below, above = [end for end in ends if end[0] <= kl], [end for end in ends if end[0] >= kl]
+    if not below or not above:
+        assert found is None and results.change_at_kl(arm, arm, kl, "w") == []
+        return
+    left, right = max(below), min(above)
+    assume(len({x for x, _ in ends}) == len(ends) and right[0] - left[0] > 1e-6)
+    share = math.log(kl / left[0]) / math.log(right[0] / left[0])
+    assert found == pytest.approx(left[1] + share * (right[1] - left[1]), abs=1e-6)
+    assert results.change_at_kl(arm, arm, kl, "w") == [0]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -557,19 +656,16 @@ def test_labels_do_not_touch_keep_their_order_and_are_joined_to_their_points(ys)
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_a_picture_has_a_caption_for_each_panel_and_shares_its_scale(name):
+def test_a_picture_has_a_caption_and_shares_its_scale(name):
     figure = STUDIES[name].draw(Results(json.loads(REPORTS[name].read_text())))
     figure.draw_without_rendering()
-    caption = STUDIES[name].caption
-    named = {1: ["row"], 2: ["Left", "ight"], 3: ["Left", "Middle", "Right"], 4: ["panel"]}[len(figure.axes)]
-    assert all(word in caption for word in named)
-    assert ("and" in caption) or ("ot:" in caption)
+    assert len(STUDIES[name].caption) > 100
     for axis in figure.axes:
         if "square-root" in axis.get_ylabel():
             low, high = axis.get_ylim()
             assert low == 0 and high >= max(max(line.get_ydata()) for line in axis.lines)
     if name == "extrapolate":
-        assert len({axis.get_ylim() for axis in figure.axes}) == 1
+        assert len({axis.get_ylim() for axis in figure.axes[1:]}) == 1
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -580,7 +676,7 @@ def small_study(monkeypatch):
     """iterate, with one run, of one seed and two steps."""
     monkeypatch.setitem(STUDIES, "iterate", studies.Study(
         "Title", [OFFLINE], lambda results: (
-            [results.row("offline", [OFFLINE])], [stats.claim("P.", "q", [1.0])]),
+            [studies.row(results, "offline", OFFLINE)], [stats.claim("P.", "q", [1.0])]),
         lambda results: Figure(), "A caption."))
     monkeypatch.setattr(command, "QUICK", dict(
         seeds=1, steps=2, batch_size=8, lr=5e-4, eval_every=1, eval_samples=8, pairs=16))
@@ -592,7 +688,7 @@ def test_the_command_writes_its_files_and_does_nothing_twice(small_study, model_
     command.main(argv)
     folder, = (tmp_path / "runs").iterdir()
     printed = capsys.readouterr().out
-    assert "Title (iterate)" in printed and "3 of 3 runs done" in printed
+    assert "Title (iterate)" in printed and "2 of 2 runs done" in printed
     found = json.loads((folder / "results" / "iterate.json").read_text())
     assert found["command"].startswith("python -m experiments iterate --quick --model")
     assert found["claims"][0]["interval"] == [None, None], "one seed has no interval"
@@ -646,7 +742,7 @@ def test_a_study_that_is_ended_leaves_no_worker_and_goes_on_to_the_same_bytes(
         processes[end].start()
     for end, process in processes.items():
         work = ends[end] / options.work
-        path = work / "0" / first.name / seen[end]
+        path = work / "10" / first.name / seen[end]
         wait_until(lambda process=process, path=path: path.exists() or not process.is_alive(), 90)
         with pytest.raises(UserError, match="another process is writing there"), alone(work):
             pass
@@ -654,13 +750,13 @@ def test_a_study_that_is_ended_leaves_no_worker_and_goes_on_to_the_same_bytes(
         os.kill(process.pid, end)
         wait_until(lambda process=process: not in_group(process.pid), 2)
         process.join()
-        assert not (work / "0" / first.name / "job.json").exists(), "it was ended before"
+        assert not (work / "10" / first.name / "job.json").exists(), "it was ended before"
     assert "interrupted; the same command goes on where it stopped" in capfd.readouterr().err
     made = []
     for folder in (ends[signal.SIGKILL], tmp_path):
         monkeypatch.chdir(folder)
-        execute(options, first)
-        out = jobs.directory(options, 0, first)
+        jobs.execute(options, 10, first)
+        out = jobs.directory(options, 10, first)
         made.append([path.read_bytes() for path in (
             setting.pairs_file(out), out / "reward" / "metrics.jsonl", out / "reward" / "model" / "model.safetensors")])
     assert made[0] == made[1]
@@ -704,7 +800,8 @@ def test_the_page_of_results_says_what_the_json_files_say(tmp_path):
     pages.write_pages(tmp_path, [])
     page = (ROOT / "results" / "README.md").read_text()
     assert (tmp_path / "README.md").read_text() == page, "run `python -m experiments pages`"
-    assert "commit 0357e55" in page.splitlines()[2] and "constant" in page[:400]
+    assert pages.readme_table(pages.read_reports(ROOT / "results")) in (ROOT / "README.md").read_text()
+    assert pages.readme_table(pages.read_reports(ROOT / "results")).count("\n") <= 13, "at most 12 rows"
     for name in STUDIES:
         assert f"## {name}\n" in page and f"({name}.png)" in page and (ROOT / "results" / f"{name}.png").exists()
 
@@ -713,8 +810,9 @@ def test_the_page_of_results_says_what_the_json_files_say(tmp_path):
 @pytest.mark.parametrize("name", STUDIES)
 def test_tables_and_verdicts_follow_from_the_evaluations(name):
     found = json.loads(REPORTS[name].read_text())
-    assert len(found["seeds"]) >= 5
+    assert found["seeds"] == list(range(10, 20)) and not found["commit"].endswith("+") and found["hardware"]
     rows, claims = STUDIES[name].conclude(Results(found))
+    stats.decide(claims)
     assert [claim["verdict"] for claim in claims] == [claim["verdict"] for claim in found["claims"]]
     for old, new in zip(found["claims"], claims):
         assert old["values"] == pytest.approx(new["values"], abs=2e-3) and old["paper"] == new["paper"]
@@ -729,12 +827,20 @@ def numbers_of(table: list[dict]) -> list[str]:
 
 
 @law
-def test_the_arms_of_a_comparison_have_the_same_sweep_or_the_offline_arm_a_wider_one():
+def test_the_arms_of_a_comparison_have_the_same_sweep():
     def settings_of(arm):
         return {(job.beta, job.lr, job.steps) for job in arm}
-    assert settings_of(studies.ONLINE_IPO) <= settings_of(studies.OFFLINE_IPO)
-    for arms in [*studies.LOSSES.values(), *studies.SCALE.values()]:
-        assert settings_of(arms["online"]) == settings_of(arms["offline"])
-    assert len({frozenset(settings_of(arm)) for arm in studies.QUALITY.values()}) == 1
-    assert {dataclasses.replace(job, lam=0, algorithm="x", data="golden") for job in studies.PARTIAL.values()} == {
-        Run("x")}
+    for arms in [studies.CLOUDS, studies.LABELS, studies.PROXIES, studies.FITTING, studies.QUALITY,
+                 *studies.LOSSES.values(), *studies.SCALE.values()]:
+        assert len({frozenset(settings_of(arm)) for arm in arms.values()}) == 1
+    assert len(studies.BETAS) >= 7 and (min(studies.BETAS), max(studies.BETAS)) == (0.03, 0.3)
+
+
+@law
+def test_all_rounds_and_online_training_label_as_many_pairs(options, folder):
+    execute(options, *(Run("ipo", "iterative", rounds=n) for n in (1, 3)))
+    for n in (1, 3):
+        rounds = sorted((folder / Run("ipo", "iterative", rounds=n).name).glob("round-*.jsonl"))
+        assert len(rounds) == n
+        asked = options.steps * options.batch_size
+        assert 0.8 * asked < sum(len(data.read_pairs(path)) for path in rounds) <= asked, "ties are left out"
