@@ -54,8 +54,8 @@ from experiments.studies import QUALITY, REPLAYS, STUDIES
 from lm import LM
 from world import golden_judge
 
-FULL = dict(seeds=10, steps=100, batch_size=64, lr=1e-3, eval_every=25, eval_samples=512, pairs=2000)
-QUICK = dict(seeds=2, steps=24, batch_size=32, lr=1e-3, eval_every=8, eval_samples=128, pairs=200)
+FULL = dict(steps=100, batch_size=64, lr=1e-3, eval_every=25, eval_samples=512, pairs=2000)
+QUICK = dict(steps=24, batch_size=32, lr=1e-3, eval_every=8, eval_samples=128, pairs=200)
 FIRST_SEED = 10
 PRETRAINED = dict(batch_size=8, lr=2e-5, eval_samples=64)  # in place of these, if the model is not tiny
 KEPT = ("step", "reverse_kl", "off_support", "unlikely", "win_rate", "golden_win_rate", "golden_reward", "good",
@@ -113,7 +113,7 @@ def conclude(options, name: str) -> None:
     report = {
         "study": name, "title": study.title, "command": f"python -m experiments {name}{options.flags}",
         "commit": run.commit(), "seeds": list(options.seeds),
-        "settings": {key: getattr(options, key) for key in FULL if key != "seeds"},
+        "settings": {key: getattr(options, key) for key in FULL},
         "hardware": f"{chip}, torch {torch.__version__.partition('+')[0]}", "table": rows, "claims": claims, **found}
     rounded = json.loads(json.dumps(report), parse_float=five_digits, parse_constant=null)
     run.write_text(options.results / f"{name}.json", json.dumps(rounded) + "\n")
@@ -137,7 +137,8 @@ def parse(argv):
         "mean")
     add("runs", nargs="*", metavar="RUN", help="directories of runs, for mean alone")
     several = run.number(int, 1, 1000)
-    add("--seeds", type=several, help="how many seeds, from 10 on (default 10; with --quick 2)")
+    add("--seeds", type=several, help="how many seeds, from 10 on (default: what the study says, 10 or 6; with "
+        "--quick 2)")
     add("--quick", action="store_true", help="short runs on few pairs, kept apart in runs/study-quick: they show that "
         "everything works, not what comes out")
     add("--model", default="tiny", help="what to study: tiny, a transformers directory, or a hub name (default tiny)")
@@ -151,18 +152,17 @@ def parse(argv):
     if options.name in ("mean", "pages") and (options.seeds or options.quick or options.jobs or not tiny):
         parser.error(f"{options.name} makes no runs: it takes no --seeds, --quick, --model or --jobs")
     defaults = {**(QUICK if options.quick else FULL), **({} if tiny else PRETRAINED)}
-    seeds = defaults["seeds"] if options.seeds is None else options.seeds
     if options.name == "scale" and not tiny:
         parser.error("scale makes built-in models of four widths: it takes no --model")
-    vars(options).update(defaults, seeds=range(FIRST_SEED, FIRST_SEED + seeds), flags="".join([
+    vars(options).update(defaults, n_seeds=options.seeds, flags="".join([
         " --quick" * options.quick, f" --model {options.model}" * (not tiny),
-        f" --seeds {seeds}" * (seeds != defaults["seeds"])]))
+        f" --seeds {options.seeds}" if options.seeds else ""]))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     options.jobs = options.jobs or (cores if tiny and options.device == "cpu" else 1)
     options.threads = max(1, cores // options.jobs)
     options.work = Path("runs") / ("study" + "-quick" * options.quick + (
         "" if tiny else "-" + re.sub(r"\W+", "-", options.model).strip("-")))
-    standard = tiny and not options.quick and seeds >= FULL["seeds"]
+    standard = tiny and not options.quick and (options.seeds is None or options.seeds >= 10)
     options.results = Path("results") if standard else options.work / "results"  # a trial must not replace them
     return options, [options.name] if options.name != "all" else [name for name in STUDIES if tiny or name != "scale"]
 
@@ -178,6 +178,8 @@ def main(argv=None) -> None:
         return
     with run.alone(options.work):
         for name in names:
+            n_seeds = options.n_seeds or (2 if options.quick else STUDIES[name].seeds)
+            options.seeds = range(FIRST_SEED, FIRST_SEED + n_seeds)
             run_jobs(options, [(seed, job) for job in STUDIES[name].runs for seed in options.seeds])
             path = options.results / f"{name}.json"
             n = len(run.read_json(path)["seeds"]) if path.exists() else 0

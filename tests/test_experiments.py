@@ -679,18 +679,19 @@ def small_study(monkeypatch):
             [studies.row(results, "offline", OFFLINE)], [stats.claim("P.", "q", [1.0])]),
         lambda results: Figure(), "A caption."))
     monkeypatch.setattr(command, "QUICK", dict(
-        seeds=1, steps=2, batch_size=8, lr=5e-4, eval_every=1, eval_samples=8, pairs=16))
+        steps=2, batch_size=8, lr=5e-4, eval_every=1, eval_samples=8, pairs=16))
 
 
 def test_the_command_writes_its_files_and_does_nothing_twice(small_study, model_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    argv = ["iterate", "--quick", "--model", str(model_dir), "--device", "cpu", "--jobs", "2"]
+    argv = ["iterate", "--quick", "--seeds", "1", "--model", str(model_dir), "--device", "cpu", "--jobs", "2"]
     command.main(argv)
     folder, = (tmp_path / "runs").iterdir()
     printed = capsys.readouterr().out
     assert "Title (iterate)" in printed and "2 of 2 runs done" in printed
     found = json.loads((folder / "results" / "iterate.json").read_text())
     assert found["command"].startswith("python -m experiments iterate --quick --model")
+    assert found["command"].endswith("--seeds 1")
     assert found["claims"][0]["interval"] == [None, None], "one seed has no interval"
     assert found["commit"] and found["settings"]["steps"] == 2 and found["core-minutes"] > 0
     assert (folder / "results" / "iterate.png").stat().st_size > 1000
@@ -724,7 +725,7 @@ def wait_until(condition, seconds: float) -> None:
 def test_a_study_that_is_ended_leaves_no_worker_and_goes_on_to_the_same_bytes(
         small_study, model_dir, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)  # one thread in each process, as here
-    argv = ["iterate", "--quick", "--model", str(model_dir), "--device", "cpu", "--jobs", "1"]
+    argv = ["iterate", "--quick", "--seeds", "1", "--model", str(model_dir), "--device", "cpu", "--jobs", "1"]
     monkeypatch.setattr(sys, "argv", ["experiments", *argv])
     options, _ = command.parse(argv)
     first = setting_of(OFFLINE)
@@ -769,7 +770,7 @@ def test_a_report_of_more_seeds_stays_as_it_is(small_study, tmp_path, monkeypatc
     results.mkdir(parents=True)
     report = {**json.loads(REPORTS["iterate"].read_text()), "seeds": [0, 1]}
     (results / "iterate.json").write_text(json.dumps(report))
-    command.main(["iterate", "--quick"])
+    command.main(["iterate", "--quick", "--seeds", "1"])
     assert "has 2 seeds, more than these 1: it stays as it is" in capsys.readouterr().out
     assert json.loads((results / "iterate.json").read_text()) == report
 
@@ -810,7 +811,8 @@ def test_the_page_of_results_says_what_the_json_files_say(tmp_path):
 @pytest.mark.parametrize("name", STUDIES)
 def test_tables_and_verdicts_follow_from_the_evaluations(name):
     found = json.loads(REPORTS[name].read_text())
-    assert found["seeds"] == list(range(10, 20)) and not found["commit"].endswith("+") and found["hardware"]
+    assert found["seeds"] == list(range(10, 10 + STUDIES[name].seeds)) and found["hardware"]
+    assert re.fullmatch("[0-9a-f]{7,}", found["commit"]), "of files as they are in that commit"
     rows, claims = STUDIES[name].conclude(Results(found))
     stats.decide(claims)
     assert [claim["verdict"] for claim in claims] == [claim["verdict"] for claim in found["claims"]]
@@ -830,7 +832,7 @@ def numbers_of(table: list[dict]) -> list[str]:
 def test_the_arms_of_a_comparison_have_the_same_sweep():
     def settings_of(arm):
         return {(job.beta, job.lr, job.steps) for job in arm}
-    for arms in [studies.CLOUDS, studies.LABELS, studies.PROXIES, studies.FITTING, studies.QUALITY,
+    for arms in [studies.PRIMARY, studies.CLOUDS, studies.LABELS, studies.PROXIES, studies.FITTING, studies.QUALITY,
                  *studies.LOSSES.values(), *studies.SCALE.values()]:
         assert len({frozenset(settings_of(arm)) for arm in arms.values()}) == 1
     assert len(studies.BETAS) >= 7 and (min(studies.BETAS), max(studies.BETAS)) == (0.03, 0.3)
