@@ -134,7 +134,8 @@ class Evaluator:
         rows = [dict(prompt=x, response=y, reward=r, ref_logp=logp, ref_response=ref["response"],
                      ref_reward=ref["reward"])
                 for x, y, r, logp, ref in zip(prompts, texts, rewards, ref_logps, self.samples)]
-        run.write_rows(args.out / "responses.jsonl", rows)  # to read while the run goes on
+        run.write_rows(args.out / "responses.jsonl", [  # to read while the run goes on
+            {**row, "ref_logp": round(row["ref_logp"], 2)} for row in rows])
         return metrics | (start.more(policy, rows) if start.more else {})
 
     @functools.cached_property

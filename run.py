@@ -442,13 +442,14 @@ def prepare(args, inputs: dict) -> Path | None:
 
 @functools.cache
 def commit() -> str:
-    """The commit of this code, with + if files differ from it; "unknown" where there is no git."""
-    describe = ["git", "describe", "--always", "--dirty=+", "--abbrev=7"]
+    """The commit of this code, with + if its files differ from it; "unknown" where there is no git."""
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], capture_output=True, text=True, check=True,
+                              cwd=Path(__file__).parent).stdout.strip()
     try:
-        found = subprocess.run(describe, capture_output=True, text=True, cwd=Path(__file__).parent).stdout
-    except OSError:
-        found = ""
-    return found.strip() or "unknown"
+        return git("rev-parse", "--short=7", "HEAD") + "+" * bool(git("status", "--porcelain", "--", "*.py"))
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def settings(args) -> dict:

@@ -10,6 +10,8 @@ from experiments.stats import Results
 from experiments.studies import STUDIES
 from run import UserError, read_json, replacing, write_text
 
+BELIEVE = """Believe a verdict as far as this world and its small models go: whatever is not open was decided at the 5 %
+level, by an endpoint that was declared before the runs. Beside the claims, tables and pictures are exploratory."""
 HOW = """`python -m experiments pages` writes this page and its pictures from the JSON files beside it, which hold every
 evaluation of every run. It makes no run; `python -m experiments NAME` does. What each study asks was declared before
 its runs, in [experiments/studies.py](../experiments/studies.py)."""
@@ -73,8 +75,8 @@ def page(reports: dict[str, dict]) -> str:
     verdicts = [line["verdict"] for report in reports.values() for line in report["claims"]]
     kinds = Counter(verdict.partition(" ")[0].strip(":") for verdict in verdicts)
     counted = VERDICTS.format(n=sum(kinds.values()), counts=", ".join(f"{n} {name!r}" for name, n in kinds.items()))
-    first = f"The numbers on this page are of commit {', '.join(commits)}."
-    return "\n\n".join(["# Results of the studies", *map(wrap, (first, HOW, WORDS, counted)),
+    made = f"The numbers on this page are of commit {', '.join(commits)}."
+    return "\n\n".join(["# Results of the studies", *map(wrap, (BELIEVE, counted, WORDS, made + " " + HOW)),
                         *map(section, reports.values())]) + "\n"
 
 

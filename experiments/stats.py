@@ -185,9 +185,10 @@ def decide(claims: list[dict]) -> None:
         else:
             found = side if p < 0.05 else "equal" if p_equal < 0.05 else "open"
         line["p_holm"], line["p_equal_holm"] = p, p_equal
-        line["verdict"] = {
-            expected: "holds", "open": "open" + seeds_needed(line["values"]), "equal":
-            f"equal within {line['margin']:g}"}.get(found, "different" if expected == "equal" else "reversed")
+        line["verdict"] = "holds" if found == expected else (
+            "open" + seeds_needed(line["values"]) if found == "open" else
+            f"equal within {line['margin']:g}" if found == "equal" else
+            "different" if expected == "equal" else "reversed")
 
 
 def seeds_needed(values: list[float]) -> str:

@@ -139,6 +139,20 @@ def test_off_support_is_under_the_thousandth_that_pi_ref_itself_is_least_likely_
 
 
 @pytest.mark.law
+@given(st.lists(st.tuples(st.floats(0.01, 1), st.floats(0.01, 1), st.booleans()), min_size=2, max_size=8))
+def test_a_ball_around_pi_ref_bounds_what_is_off_support(responses):
+    """docs/theory.md: KL(pi || pi_ref) >= a log(a/q) + (1 - a) log((1 - a)/(1 - q)), with a and q what is in A."""
+    pi, ref, in_a = zip(*responses)
+    pi, ref = ([x / sum(side) for x in side] for side in (pi, ref))
+    a, q = (sum(x for x, there in zip(side, in_a) if there) for side in (pi, ref))
+    kl = sum(x * math.log(x / y) for x, y in zip(pi, ref))
+    bound = sum(x * math.log(x / y) for x, y in ((a, q), (1 - a, 1 - q)) if x > 1e-12)
+    assert kl >= bound - 1e-12
+    if len(responses) == 2 and in_a[0] != in_a[1]:
+        assert kl == pytest.approx(bound, abs=1e-12), "two responses: tight"
+
+
+@pytest.mark.law
 def test_the_frontier_is_the_optimum_and_no_policy_is_above_it():
     rewards = [-2.0, -2.0, 0.0, 1.0, 1.0, 1.0, 3.0, 4.5]  # of eight equally likely responses
     uniform, noise = torch.full((1, 8), 1 / 8, dtype=torch.float64), torch.Generator().manual_seed(0)

@@ -50,7 +50,7 @@ from experiments.setting import (
 )
 from experiments.stats import Results
 from experiments.studies import REPLAYS, STUDIES
-from judges import judged_samples, load_judge, logps_of
+from judges import judged_samples, load_judge
 from lm import LM, Encoded
 from models import random_gpt2
 from run import UserError, alone, read_rows
@@ -222,10 +222,7 @@ def test_what_studies_add_is_of_the_evaluated_responses(options, folder):
     rewards = proxy([row["prompt"] for row in rows], [row["response"] for row in rows])
     assert line["sampled_proxy_reward"] == pytest.approx(statistics.mean(rewards))
     assert line["good"] == statistics.mean(row["reward"] >= 4 for row in rows)
-    ref, logps = LM.load(options.model), [row["ref_logp"] for row in rows]
-    prompts, held_out = ([ref.encode_prompt(row["prompt"]) for row in rows], world.world_prompts()[1])
-    assert logps == pytest.approx(logps_of(ref, prompts, [ref.encode_response(row["response"], 24) for row in rows]),
-                                  abs=1e-3)
+    logps = [row["ref_logp"] for row in rows]
     samples, = (read_rows(path) for path in Path(os.environ["HYPO_CACHE"]).glob("samples-*[!k]")
                 if len(read_rows(path)) == 2048)  # 128 for each of 16
     own = sorted(row["logp"] for row in samples)
@@ -234,7 +231,6 @@ def test_what_studies_add_is_of_the_evaluated_responses(options, folder):
     beats = [statistics.mean((row["reward"] > other["reward"]) + (row["reward"] == other["reward"]) / 2
                              for other in samples[i % 128::128]) for i, row in enumerate(rows)]
     assert line["win_rate"] == pytest.approx(statistics.mean(beats))
-    assert len(held_out) == 128
 
 
 def test_each_online_run_is_labelled_by_its_own_judge(options, folder):
@@ -396,9 +392,9 @@ def test_needs_come_first_and_once(chosen, rng):
 
 
 @pytest.mark.parametrize("job, expected", [
-    (Run("hypo", lam=0.016), {"--lam": "0.016", "--lr": "0.001", "--judge": "w/0/setting/reward/model"}),
+    (Run("hypo", lam=0.016), {"--lam": "0.016", "--lr": "0.001", "--judge": "w/0/setting-lr-2/reward/model"}),
     (Run("ipo", lr=2.0, pairs=0.2), {"--loss": "ipo", "--sampling": "offline", "--lr": "0.002", "--pairs": "400",
-                                     "--judge": "w/0/setting-pairs-0.2/reward/model"}),
+                                     "--judge": "w/0/setting-lr-4-pairs-0.2/reward/model"}),
     (Run("ipo", "iterative", rounds=8), {"--sampling": "iterative", "--rounds": "8"}),
     (Run("dpo", "replay", window=0), {"--loss": "dpo", "--sampling": "online"}),
     (Run("ppo", beta=0.3, steps=0.6), {"--steps": "60", "--beta": "0.3"}),
@@ -445,8 +441,9 @@ def test_a_bug_in_a_job_leaves_its_trace_in_the_log(options, monkeypatch):
     elsewhere = Namespace(**{**vars(options), "work": options.work / "broken"})
     with pytest.raises(ZeroDivisionError):
         jobs.execute(elsewhere, 0, setting_of(FINAL))
-    log = (elsewhere.work / "0" / "setting" / "log.txt").read_text()
-    assert "in broken" in log and "planted" in log and not (elsewhere.work / "0" / "setting" / "job.json").exists()
+    out = jobs.directory(elsewhere, 0, setting_of(FINAL))
+    log = (out / "log.txt").read_text()
+    assert "in broken" in log and "planted" in log and not (out / "job.json").exists()
 
 
 # ---------------------------------------------------------------------------------------------------
