@@ -60,7 +60,7 @@ def off_support(logps, ref_logps) -> float:
     """Share of responses that pi_ref all but never writes, by log pi_ref(y|x) of each, nats.
 
     They lie under the 0.1 % quantile of pi_ref's own samples, or of few samples under the lowest.
-    Data that pi_ref wrote do not cover them (docs/theory.md), and no reward model has seen any.
+    Pairs of pi_ref's samples do not cover them, and no reward model of such pairs has seen any.
     """
     floor = sorted(ref_logps)[len(ref_logps) // 1000]
     return sum(logp < floor for logp in logps) / len(logps)
