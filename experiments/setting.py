@@ -112,7 +112,7 @@ def make_setting(job: Run, argv: list[str], out: Path) -> dict:
             responder(ref, args), asked, n, seed, golden, sure=job.labels == "sign"))
             for asked, n, seed in ((prompts, args.pairs, args.seed),
                                    (held_out_prompts, args.eval_samples // 2, args.seed + 10**6)))
-        unseen = data.add_ref_logps(ref, best_unseen(ref, pairs[:128], golden, args))
+        unseen = data.add_ref_logps(ref, best_unseen(ref, pairs[:args.eval_samples // 4], golden, args))
         for kind, made in (("pairs", pairs), ("held_out", held_out), ("best", unseen)):
             data.write_pairs(pairs_file(args.out, kind), made)
         best.extend(frontiers(data.samples_of(args, ref, held_out_prompts, golden, None, SAMPLES * args.eval_samples)))

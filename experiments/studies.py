@@ -149,7 +149,8 @@ LONG = sweep("ipo", betas=(0.03, 0.05, 0.1, 0.15, 0.2), steps=3.0)
 def goodhart(results: Results) -> Concluded:
     """Over-optimisation. Is the offline arm only too short? Three times the steps, and online against it at 4 nats.
 
-    Trained so long with beta 0.03, does it get worse while it fits its data better? Online: beta 0.03 against 0.1. Does
+    Beta 0.15 was added to the long runs after a first look, to enclose the 4 nats more closely. Trained so long with beta
+    0.03, does it get worse while it fits its data better? Online: beta 0.03 against 0.1. Does
     the proxy like it better while the golden reward does not?
     """
     short = [replace(run, steps=1.0) for run in LONG]
@@ -472,7 +473,7 @@ def fitting(results: Results) -> Concluded:
 # Song et al.
 
 LAMS = {0.0: DPO, **{lam: replace(HYPO, lam=lam) for lam in (0.001, 0.004, 0.016)}}
-BETA_RUNS = {beta: (replace(HYPO, beta=beta), replace(DPO, beta=beta)) for beta in (0.03, 0.3)}
+BETA_RUNS = {beta: (replace(HYPO, beta=beta), replace(DPO, beta=beta)) for beta in (0.03, 0.3, 1.0)}
 LIKELY = {0.0: replace(DPO, data="likely"), 0.004: replace(HYPO, data="likely")}
 LAM_COLORS = {0.0: COLORS["dpo"], 0.001: "#ea8a3c", 0.004: COLORS["hypo"], 0.016: "#6b1d0b"}
 
@@ -491,6 +492,7 @@ def hypo(results: Results) -> Concluded:
 
     HyPO (lam 0.004) keeps a smaller KL, stays on the support, and has a larger J; a larger lam keeps a smaller KL. At
     other betas it wins more, too; and with pairs that miss the tenth of responses that pi_ref is least likely to write.
+    Beta 1 was added after a first look: DPO had been better, the larger its beta.
     """
     plain, ours = LIKELY.values()
     rows = [{**row(results, label, run), "J = V - beta KL": cell(objective(results, run), ".2f")} for label, run in (

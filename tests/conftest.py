@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+import data
 import fast
 import lm
 import world
@@ -16,6 +17,7 @@ settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25
 settings.register_profile("thorough", deadline=None, max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 torch.set_num_threads(1)
+data.TINY_SAMPLES = 512  # the 8192 that an evaluation compares with take five seconds
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -21,6 +21,7 @@ import hypo
 import rlhf
 import run
 
+data.TINY_SAMPLES = 512
 SHORT = ["--steps", "20", "--eval-every", "20", "--eval-samples", "16", "--batch-size", "12", "--pairs", "24",
          "--max-new-tokens", "10", "--lr", "5e-4", "--device", "cpu"]
 COMMANDS = {"hypo": (hypo, ["--eval-every", "10"]), "dpo": (dpo, []),
