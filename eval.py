@@ -33,7 +33,7 @@ from run import UserError
 COLORS = {"hypo": "#c2410c", "dpo": "#1d4ed8", "online dpo": "#7c3aed", "iterative dpo": "#4d7c0f",
           "ppo": "#15803d", "ipo": "#0e7490", "online ipo": "#be185d", "iterative ipo": "#a16207",
           "rloo": "#0f766e", "bo2": "#6b7280", "online bo2": "#111827", "iterative bo2": "#9a3412"}
-OPTIMA = torch.logspace(math.log10(4), -1, 30).tolist()  # the b of the frontier, from 4 down to .1
+OPTIMA = [4 * 40 ** (-i / 29) for i in range(30)]  # the b of the frontier, from 4 down to 0.1
 
 
 # ---- measures

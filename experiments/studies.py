@@ -149,9 +149,9 @@ LONG = sweep("ipo", betas=(0.03, 0.05, 0.1, 0.15, 0.2), steps=3.0)
 def goodhart(results: Results) -> Concluded:
     """Over-optimisation. Is the offline arm only too short? Three times the steps, and online against it at 4 nats.
 
-    Beta 0.15 was added to the long runs after a first look, to enclose the 4 nats more closely. Trained so long with beta
-    0.03, does it get worse while it fits its data better? Online: beta 0.03 against 0.1. Does
-    the proxy like it better while the golden reward does not?
+    Beta 0.15 was added to the long runs after a first look, to enclose the 4 nats more closely. Trained so long with
+    beta 0.03, does it get worse while it fits its data better? Online: beta 0.03 against 0.1. Does the proxy like it
+    better while the golden reward does not?
     """
     short = [replace(run, steps=1.0) for run in LONG]
     online = [replace(run, source="online") for run in short]
