@@ -105,13 +105,12 @@ def main(results: Results) -> Concluded:
     rows = [row_at_kl(results, f"{label} IPO", arm) for label, arm in PRIMARY.items()]
     claims = [
         claim("Online beats offline at equal KL.", "win rate at 4 nats, online minus offline,", at_kl("offline", WIN)),
-        claim("The offline policy leaves what pi_ref covers, the online one does not.",
-              "share of its samples off support at 4 nats, online minus offline,", at_kl("offline", "off_support"),
-              "below", 0.01),
-        claim("It is not the data: the online run's own pairs, shuffled, do not do it.",
+        claim("The offline policy leaves what pi_ref covers.",
+              "off support at 4 nats, online minus offline,", at_kl("offline", "off_support"), "below", 0.01),
+        claim("It is not the data: the online pairs, shuffled, do less.",
               "win rate at 4 nats, online minus shuffled,", at_kl("shuffled", WIN)),
-        claim("Iterative training suffices: fresh pairs in rounds beat as many from pi_ref.",
-              "win rate, eight rounds minus one, 6400 pairs each,", results.change(ROUNDS[8], ROUNDS[1], WIN)),
+        claim("Iterative training suffices: pairs in rounds beat as many from pi_ref.",
+              "win rate, eight rounds minus one,", results.change(ROUNDS[8], ROUNDS[1], WIN)),
         claim("HyPO beats DPO on the same pairs.", "win rate against pi_ref, 400 pairs,",
               results.change(HYPO, DPO, "win_rate")),
     ]
@@ -158,8 +157,8 @@ def goodhart(results: Results) -> Concluded:
     rows = [row(results, f"{label}, beta {run.beta:g}", run) for label, runs in (
         ("offline", short), ("offline, 300 steps", LONG), ("online", [ONLINE_IPO[0], FINAL])) for run in runs]
     claims = [
-        claim("Three times the steps do not bring the offline policy up to the online one.", "win rate at 4 nats, "
-              "online minus offline of 300 steps,", results.change_at_kl(online, LONG, KL_FIXED, WIN)),
+        claim("Three times the steps do not help the offline policy.", "win rate at 4 nats, online minus "
+              "offline of 300 steps,", results.change_at_kl(online, LONG, KL_FIXED, WIN)),
         claim("Trained longer it gets worse.", "win rate, beta 0.03, 300 steps minus 100,",
               results.change(LONG[0], short[0], WIN), "below"),
         claim("It goes farther from pi_ref.", "log of the ratio of the KLs,", log_kl(results, LONG[0], short[0]),
@@ -314,8 +313,8 @@ def classify(results: Results) -> Concluded:
                                     ("offline policy", "offline", OFFLINE))]
     arms = list(CLOUDS.values())
     return rows, [
-        claim("The offline policy is the better classifier of its data, and the worse policy.",
-              "accuracy on D_golden, offline minus online,", results.change(OFFLINE, FINAL, "data_accuracy")),
+        claim("The offline policy, which is worse, classifies its data better.",
+              "accuracy, offline minus online,", results.change(OFFLINE, FINAL, "data_accuracy")),
         claim("Accuracy does not tell which policy is better.", "correlation with the win rate over all arms,",
               correlation(results, arms), "equal", 0.3, "+.2f"),
         claim("", "over the offline arm alone,", correlation(results, arms[1:2]), "equal", 0.3, "+.2f"),
