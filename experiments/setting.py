@@ -78,6 +78,7 @@ OFFLINE = Run("ipo")
 SIDES = {"early": EARLY, "final": FINAL}  # whose samples may be a side of offline pairs
 CLASSIFY = Run("classify", "")
 SAMPLES = 128  # of pi_ref for each evaluated response: 65,536, so that the 0.1 % quantile is known to half a nat
+SAMPLES_PRETRAINED = 16  # the same of a model that is not tiny
 LIKELY = 0.1  # likely pairs leave out what is under this quantile of log pi_ref
 
 
@@ -115,7 +116,7 @@ def make_setting(job: Run, argv: list[str], out: Path) -> dict:
         unseen = data.add_ref_logps(ref, best_unseen(ref, pairs[:args.eval_samples // 4], golden, args))
         for kind, made in (("pairs", pairs), ("held_out", held_out), ("best", unseen)):
             data.write_pairs(pairs_file(args.out, kind), made)
-        best.extend(frontiers(data.samples_of(args, ref, held_out_prompts, golden, None, SAMPLES * args.eval_samples)))
+        best.extend(frontiers(samples_of(args, ref, golden)))
         return data.Start(policy, ref, pairs, prompts, held_out, held_out_prompts, None, golden, None)
 
     best: list[tuple[float, dict]] = []
@@ -163,7 +164,7 @@ def begin(job: Run, folder: Path, args) -> data.Start:
     if job.width:  # another pi_ref
         golden, held_out, best = (data.add_ref_logps(ref, pairs) for pairs in (golden, held_out, best))
     prompts, held_out_prompts = world.world_prompts()
-    samples = data.samples_of(args, ref, held_out_prompts, judge, None, SAMPLES * args.eval_samples)
+    samples = samples_of(args, ref, judge)
     proxy = label = data.judge_named(str(setting / "reward" / "model"), args.device)
     if job.judge == "implicit":
         label = implicit_judge(policy_of(OFFLINE, folder, args), ref, args.max_new_tokens)
@@ -175,6 +176,12 @@ def begin(job: Run, folder: Path, args) -> data.Start:
         pairs = list(islice(cycle(golden), args.steps * args.batch_size // job.rounds))
     return data.Start(policy, ref, pairs, prompts, held_out, held_out_prompts, label, judge, None, samples,
                       measures(golden[:256], best, samples, proxy, len(held_out_prompts)))
+
+
+def samples_of(args, ref: LM, judge: world.Judge) -> list[dict]:
+    """pi_ref's samples to the held-out prompts, with which a study's evaluations compare."""
+    n = SAMPLES if args.model == "tiny" else SAMPLES_PRETRAINED
+    return data.samples_of(args, ref, world.world_prompts()[1], judge, None, n * args.eval_samples)
 
 
 def load_ref(job: Run, args) -> LM:

@@ -103,6 +103,8 @@ def main(results: Results) -> Concluded:
         return results.change_at_kl(PRIMARY["online"], PRIMARY[arm], KL_FIXED, name)
 
     rows = [row_at_kl(results, f"{label} IPO", arm) for label, arm in PRIMARY.items()]
+    rows += [row_at_end(results, label, run) for label, run in (
+        ("one round", ROUNDS[1]), ("eight rounds", ROUNDS[8]), ("HyPO, 400 pairs", HYPO), ("DPO, 400 pairs", DPO))]
     claims = [
         claim("Online beats offline at equal KL.", "win rate at 4 nats, online minus offline,", at_kl("offline", WIN)),
         claim("The offline policy leaves what pi_ref covers.",

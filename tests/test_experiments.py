@@ -224,10 +224,10 @@ def test_what_studies_add_is_of_the_evaluated_responses(options, folder):
     assert line["good"] == statistics.mean(row["reward"] >= 4 for row in rows)
     logps = [row["ref_logp"] for row in rows]
     samples, = (read_rows(path) for path in Path(os.environ["HYPO_CACHE"]).glob("samples-*[!k]")
-                if len(read_rows(path)) == 2048)  # 128 for each of 16
+                if len(read_rows(path)) == 256)  # 16 for each of 16
     own = sorted(row["logp"] for row in samples)
-    assert line["unlikely"] == statistics.mean(logp < own[204] for logp in logps)
-    assert line["off_support"] == statistics.mean(logp < own[2] for logp in logps)
+    assert line["unlikely"] == statistics.mean(logp < own[25] for logp in logps)
+    assert line["off_support"] == statistics.mean(logp < own[0] for logp in logps)
     beats = [statistics.mean((row["reward"] > other["reward"]) + (row["reward"] == other["reward"]) / 2
                              for other in samples[i % 128::128]) for i, row in enumerate(rows)]
     assert line["win_rate"] == pytest.approx(statistics.mean(beats))
@@ -676,7 +676,8 @@ def small_study(monkeypatch):
             [studies.row(results, "offline", OFFLINE)], [stats.claim("P.", "q", [1.0])]),
         lambda results: Figure(), "A caption."))
     monkeypatch.setattr(command, "QUICK", dict(
-        steps=2, batch_size=8, lr=5e-4, eval_every=1, eval_samples=8, pairs=16))
+        steps=2, lr=5e-4, eval_every=1, pairs=16))
+    monkeypatch.setattr(command, "PRETRAINED", dict(batch_size=8, eval_samples=8))
 
 
 def test_the_command_writes_its_files_and_does_nothing_twice(small_study, model_dir, tmp_path, monkeypatch, capsys):
