@@ -84,6 +84,7 @@ def exit_code(function, *args) -> int:
 def child(case: Case, folder: Path, shared: Path) -> int:
     """Make what the case needs in folder/case, and run its command there."""
     os.setsid()  # what it starts ends with it
+    torch.set_num_threads(1)  # makes torch's thread pool anew, which two threads would otherwise try at once
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
     sys.stdin = open(os.devnull)
