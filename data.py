@@ -284,7 +284,7 @@ def samples_of(args, ref: LM, prompts: Sequence[Prompt], outcome, second, n: int
         fingerprint(ref.source), prompts, *(judge and fingerprint(judge.name) for judge in (outcome, second)),
         n, args.max_new_tokens, args.dtype, args.device, args.plain, args.batch_size, torch.__version__],
         lambda file: run.write_rows(file, judged_samples(
-            ref, (list(prompts) * n)[:n], args.max_new_tokens, run.seed_of("pi_ref"), outcome, second), "HYPO_CACHE"))
+            ref, prompts, n, args.max_new_tokens, run.seed_of("pi_ref"), outcome, second), "HYPO_CACHE"))
     return read_once(file)
 
 

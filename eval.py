@@ -62,20 +62,26 @@ def off_support(logps, ref_logps) -> float:
     They lie under the 0.1 % quantile of pi_ref's own samples, or of few samples under the lowest.
     Pairs of pi_ref's samples do not cover them, and no reward model of such pairs has seen any.
     """
-    floor = sorted(ref_logps)[len(ref_logps) // 1000]
+    floor = quantile(ref_logps, 0.001)
     return sum(logp < floor for logp in logps) / len(logps)
 
 
-def frontier(rewards) -> list[tuple[float, float, float]]:
+def quantile(values, share: float) -> float:
+    """This share of the values is below it, or a little less."""
+    return sorted(values)[int(share * len(values))]
+
+
+def frontier(rewards, opponent: float = math.inf) -> list[tuple[float, float, float]]:
     """(KL, win rate, mean reward) of the best policies there are, from the rewards of pi_ref's samples.
 
     The optimum of V - b KL is pi_ref(y|x) exp(r/b) / Z, so its samples are pi_ref's own with weights;
     b is each of OPTIMA. One Z serves all prompts, as if they were alike, which the world's are.
+    opponent: the b of the optimum that the win rate is against; infinite is pi_ref itself.
     """
     r, points = torch.as_tensor(rewards, dtype=torch.float64), []  # (N,)
-    ordered = r.sort().values
-    ranks = torch.searchsorted(ordered, r) + torch.searchsorted(ordered, r, right=True)  # twice, for ties
-    wins = ranks.double() / (2 * len(r))  # of each against all of them
+    values, which = r.unique(return_inverse=True)  # (U,) ascending, (N,)
+    theirs = torch.zeros_like(values).index_add(0, which, torch.softmax(r / opponent, 0))  # (U,)
+    wins = (theirs.cumsum(0) - theirs / 2)[which]  # (N,): what is below, and half of the ties
     for b in OPTIMA:
         weights = torch.softmax(r / b, 0)  # (N,); pi_ref's own are 1/N
         kl = torch.xlogy(weights, weights * len(r)).sum()
@@ -141,10 +147,10 @@ class Evaluator:
     @functools.cached_property
     def samples(self) -> list[dict]:
         """pi_ref's own samples, the same for every policy."""
-        start, args, n = self.start, self.args, self.args.eval_samples
+        start, args = self.start, self.args
         return start.samples or judged_samples(
-            start.ref, (list(start.held_out_prompts) * n)[:n], args.max_new_tokens, run.seed_of("pi_ref"),
-            start.outcome, start.second)
+            start.ref, start.held_out_prompts, args.eval_samples, args.max_new_tokens,
+            run.seed_of("pi_ref"), start.outcome, start.second)
 
     def against_ref(self, rewards, name: str, rate: str) -> dict:
         """The win rate of responses with these rewards against pi_ref, and its interval."""
@@ -335,7 +341,7 @@ def plot_curve(out, summary: dict, lines: list[dict]) -> None:
 
 
 def draw_frontier(axis, best) -> None:
-    """The frontier of win rates, as far as the axis shows: what lies below is wasted KL."""
+    """The frontier of win rates, from pi_ref on: what lies below is wasted KL."""
     kl, rates, _ = zip(*best)
     axis.plot([0, *kl], [0.5, *rates], color="black", lw=1.0, ls="--", zorder=1)
     axis.annotate("best possible", (kl[-1], rates[-1]), xytext=(4, 0), textcoords="offset points",

@@ -55,12 +55,13 @@ def logps_of(policy: LM, prompts: Sequence[Ids], responses: Sequence[Ids]) -> li
             for logp in policy.logps(prompts[i:i + n], responses[i:i + n]).tolist()]
 
 
-def judged_samples(policy: LM, prompts: Sequence[Prompt], max_new_tokens: int, seed: int, outcome: Judge | None,
-                   second: Judge | None) -> list[dict]:
-    """A policy's own response to each prompt: its log-prob, nats, and its reward by each judge, None without one."""
+def judged_samples(policy: LM, prompts: Sequence[Prompt], n: int, max_new_tokens: int, seed: int,
+                   outcome: Judge | None, second: Judge | None) -> list[dict]:
+    """n samples to the prompts in turn: each with its log-prob, nats, and its reward by each judge, or None."""
+    asked = (list(prompts) * n)[:n]
     generator = torch.Generator(policy.device).manual_seed(seed)
-    prompt_ids, responses, texts = policy.respond(prompts, max_new_tokens, generator)
-    rewards = [judge(prompts, texts) if judge else [None] * len(texts) for judge in (outcome, second)]
+    prompt_ids, responses, texts = policy.respond(asked, max_new_tokens, generator)
+    rewards = [judge(asked, texts) if judge else [None] * n for judge in (outcome, second)]
     return [dict(response=text, logp=logp, reward=reward, second_reward=second_reward)
             for text, logp, reward, second_reward in zip(texts, logps_of(policy, prompt_ids, responses), *rewards)]
 

@@ -63,10 +63,15 @@ KEPT = ("step", "reverse_kl", "off_support", "unlikely", "win_rate", "golden_win
         "best_logratio", "response_length")
 
 
-def collect(options, jobs: list[Run]) -> dict:
+def seeds_of(options, name: str) -> range:
+    """The seeds of a study."""
+    return range(FIRST_SEED, FIRST_SEED + (options.seeds or (2 if options.quick else STUDIES[name].seeds)))
+
+
+def collect(options, seeds: range, jobs: list[Run]) -> dict:
     """The evaluations of every run, and what some studies need beside."""
     def folders(job: Run) -> list[Path]:
-        return [directory(options, seed, job) for seed in options.seeds]
+        return [directory(options, seed, job) for seed in seeds]
 
     def measured(job: Run) -> list[dict]:
         return [run.read_json(folder / "job.json") for folder in folders(job)]
@@ -105,14 +110,14 @@ def of_pairs(path: Path, policy: Path) -> dict:
 
 def conclude(options, name: str) -> None:
     """results/NAME.json of a study whose runs are done; prints its table and its verdicts."""
-    study = STUDIES[name]
-    found = {**collect(options, list(dict.fromkeys(study.runs))), "pairs": options.pairs}
+    study, seeds = STUDIES[name], seeds_of(options, name)
+    found = {**collect(options, seeds, list(dict.fromkeys(study.runs))), "pairs": options.pairs}
     rows, claims = study.conclude(stats.Results(found))
     stats.decide(claims)
     chip = torch.cuda.get_device_name() if options.device.startswith("cuda") else f"{os.cpu_count()} CPU cores"
     report = {
         "study": name, "title": study.title, "command": f"python -m experiments {name}{options.flags}",
-        "commit": run.commit(), "seeds": list(options.seeds),
+        "commit": run.commit(), "seeds": list(seeds),
         "settings": {key: getattr(options, key) for key in FULL},
         "hardware": f"{chip}, torch {torch.__version__.partition('+')[0]}", "table": rows, "claims": claims, **found}
     rounded = json.loads(json.dumps(report), parse_float=five_digits, parse_constant=null)
@@ -154,7 +159,7 @@ def parse(argv):
     defaults = {**(QUICK if options.quick else FULL), **({} if tiny else PRETRAINED)}
     if options.name == "scale" and not tiny:
         parser.error("scale makes built-in models of four widths: it takes no --model")
-    vars(options).update(defaults, n_seeds=options.seeds, flags="".join([
+    vars(options).update(defaults, flags="".join([
         " --quick" * options.quick, f" --model {options.model}" * (not tiny),
         f" --seeds {options.seeds}" if options.seeds else ""]))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -178,13 +183,12 @@ def main(argv=None) -> None:
         return
     with run.alone(options.work):
         for name in names:
-            n_seeds = options.n_seeds or (2 if options.quick else STUDIES[name].seeds)
-            options.seeds = range(FIRST_SEED, FIRST_SEED + n_seeds)
-            run_jobs(options, [(seed, job) for job in STUDIES[name].runs for seed in options.seeds])
+            seeds = seeds_of(options, name)
+            run_jobs(options, [(seed, job) for job in STUDIES[name].runs for seed in seeds])
             path = options.results / f"{name}.json"
             n = len(run.read_json(path)["seeds"]) if path.exists() else 0
-            if n > len(options.seeds):
-                print(f"\n{path} has {n} seeds, more than these {len(options.seeds)}: it stays as it is")
+            if n > len(seeds):
+                print(f"\n{path} has {n} seeds, more than these {len(seeds)}: it stays as it is")
             else:
                 conclude(options, name)
                 pages.write_pages(options.results, [name])

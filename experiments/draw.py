@@ -88,26 +88,27 @@ def settled(axis, results: Results, arm: list[Run], name: str, color: str, label
         axis.scatter(column(points, "reverse_kl"), column(points, name), s=4, color=color, alpha=0.25, lw=0)
     ends = list(zip(*([lines[-1]["reverse_kl"] for lines in results[run]] for run in arm)))  # seeds x runs
     low, high = max(map(min, ends)), min(map(max, ends))
-    if len(arm) == 1 or low >= high:
-        for run in arm:
-            axis.plot(statistics.fmean(results.last(run, "reverse_kl")), statistics.fmean(results.last(run, name)),
-                      color=color, marker="D", ms=5)
-        label_at(axis, statistics.fmean(results.last(arm[-1], "reverse_kl")),
-                 statistics.fmean(results.last(arm[-1], name)), label, color)
-    else:
+    if len(arm) > 1 and low < high:
         kls = [low + (high - low) * i / 24 for i in range(25)]
         kls[-1] = high  # not above it by rounding
         band(axis, kls, zip(*(results.at_kl(arm, kl, name) for kl in kls)), color, label, **line_style)
-    axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_formatter("{x:g}")
+        kl_scale(axis)
+    else:
+        for run in arm:
+            end(axis, results, run, name, color, label if run is arm[-1] else "")
 
 
-def ends(axis, results: Results, run: Run, name: str, color: str, label: str) -> None:
+def end(axis, results: Results, run: Run, name: str, color: str, label: str) -> None:
     """Where each seed's run ends, and their mean."""
     kls, values = results.last(run, "reverse_kl"), results.last(run, name)
     axis.scatter(kls, values, s=14, color=color, alpha=0.5, lw=0)
     axis.plot(statistics.fmean(kls), statistics.fmean(values), color=color, marker="D", ms=6)
     label_at(axis, statistics.fmean(kls), statistics.fmean(values), label, color)
+    kl_scale(axis)
+
+
+def kl_scale(axis) -> None:
+    """A KL axis by doublings."""
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:g}")
 

@@ -33,7 +33,7 @@ import hypo
 import rlhf
 import run
 import world
-from eval import OPTIMA, frontier, implicit_reward_metrics, read_summary
+from eval import frontier, implicit_reward_metrics, quantile, read_summary
 from judges import logps_of
 from lm import LM, Encoded
 
@@ -247,7 +247,7 @@ def make_pairs(job: Run, ref: LM, samples: list[dict], folder: Path, args) -> li
     respond = responder(ref, args)
 
     def likely(prompts, seed: int):
-        floor = quantile(samples, LIKELY)
+        floor = quantile([row["logp"] for row in samples], LIKELY)
         prompt_ids, ids, texts = respond(prompts, seed)
         while again := [i for i, logp in enumerate(logps_of(ref, prompt_ids, ids)) if logp < floor]:
             seed = run.seed_of(seed, "again")
@@ -268,21 +268,12 @@ def make_pairs(job: Run, ref: LM, samples: list[dict], folder: Path, args) -> li
                         args.seed, GOLDEN_JUDGES[job.world], sure=job.labels == "sign")
 
 
-def quantile(samples: list[dict], share: float) -> float:
-    """Of log pi_ref, nats: this share of pi_ref's own samples is below it."""
-    return sorted(row["logp"] for row in samples)[int(share * len(samples))]
-
-
 def implicit_judge(policy: LM, ref: LM, max_new_tokens: int) -> world.Judge:
     """A policy's implicit reward as a judge: log pi(y|x) / pi_ref(y|x), nats."""
-    @torch.no_grad()
     def log_ratios(prompts: Sequence, responses: Sequence[str]) -> list[float]:
-        rewards: list[float] = []
-        for i in range(0, len(prompts), policy.batch_size):
-            rows = ([policy.encode_prompt(text) for text in prompts[i:i + policy.batch_size]],
-                    [policy.encode_response(text, max_new_tokens) for text in responses[i:i + policy.batch_size]])
-            rewards += (policy.logps(*rows) - ref.logps(*rows)).tolist()
-        return rewards
+        rows = ([policy.encode_prompt(text) for text in prompts],
+                [policy.encode_response(text, max_new_tokens) for text in responses])
+        return [ours - theirs for ours, theirs in zip(logps_of(policy, *rows), logps_of(ref, *rows))]
     return world.Judge("implicit", log_ratios)
 
 
@@ -297,13 +288,9 @@ def golden_weights(samples: list[dict], n_prompts: int) -> tuple[torch.Tensor, t
 
 def frontiers(samples: list[dict]) -> list[tuple[float, dict]]:
     """(KL, win rates) of the best policies, see eval.frontier: against pi_ref and against the golden baseline."""
-    rewards = torch.tensor([row["reward"] for row in samples], dtype=torch.float64)
-    values, counts = rewards.unique(return_counts=True)
-    log_share = (counts / len(samples)).log()  # of pi_ref, for each value that the reward has
-    golden = (log_share + values).softmax(0)
-    beats = golden.cumsum(0) - golden / 2  # win rate against the golden baseline of a response of that value
-    return [(kl, {"win_rate": rate, "golden_win_rate": ((log_share + values / b).softmax(0) @ beats).item()})
-            for b, (kl, rate, _) in zip(OPTIMA, frontier(rewards))]
+    rewards = [row["reward"] for row in samples]
+    return [(kl, {"win_rate": rate, "golden_win_rate": golden_rate})
+            for (kl, rate, _), (_, golden_rate, _) in zip(frontier(rewards), frontier(rewards, opponent=1))]
 
 
 def measures(pairs: list[Encoded], best: list[Encoded], samples: list[dict], proxy, n_prompts: int):
@@ -319,7 +306,7 @@ def measures(pairs: list[Encoded], best: list[Encoded], samples: list[dict], pro
     pairs: of D_golden; best: of best_unseen; samples: pi_ref's.
     """
     theirs, weights = golden_weights(samples, n_prompts)
-    floor = quantile(samples, LIKELY)
+    floor = quantile([row["logp"] for row in samples], LIKELY)
 
     def more(policy, rows: list[dict]) -> dict:
         n, texts = len(rows), [row["response"] for row in rows]

@@ -11,7 +11,6 @@ from experiments.setting import Run
 from run import json_object
 
 WIN = "golden_win_rate"
-MARGINS = {WIN: 0.03, "win_rate": 0.03, "off_support": 0.01}  # differences below these do not matter
 Arms = dict[str, list[Run]]  # an arm is a sweep of beta
 
 

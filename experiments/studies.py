@@ -129,7 +129,7 @@ def draw_main(results: Results):
     for axis, runs, name in ((axes[2], {"8 rounds": (ROUNDS[8], RED), "1 round": (ROUNDS[1], "#d9a521")}, WIN),
                              (axes[3], {"HyPO": (HYPO, COLORS["hypo"]), "DPO": (DPO, COLORS["dpo"])}, "win_rate")):
         for label, (run, color) in runs.items():
-            draw.ends(axis, results, run, name, color, label)
+            draw.end(axis, results, run, name, color, label)
     for axis, name in ((axes[0], WIN), (axes[2], WIN), (axes[3], "win_rate")):
         draw.frontier(axis, results, name)
     titles = "IPO, 2000 pairs", "the same runs", "6400 pairs, a dot a seed", "400 pairs, a dot a seed"
