@@ -3,6 +3,7 @@ statistics are what they say, and results/ is what its JSON files say, which in 
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import multiprocessing
@@ -354,6 +355,17 @@ def test_in_the_second_world_an_opinion_counts_by_the_one_before_it(words):
                 extra += 0 if not before else 3 if (value * before < 0) == (joint == ["but"]) else -3
                 before = value
     assert reward == max(-5, min(5, world.golden_reward("The plot was", text) + extra)), text
+
+
+@law
+@pytest.mark.parametrize("joint", [", and the music felt", ", but the music felt", ". The music felt", ". Overall I"])
+def test_two_opinions_fit_if_they_agree_and_after_but_if_they_differ(joint):
+    words = world.VALENCE.items()
+    for (first, a), (second, b), negated in itertools.product(words, words, (False, True)):
+        text = f" {first}{joint} {'never ' * negated}{second}."
+        fits = (a * b > 0) != negated if "but" not in joint else (a * b < 0) != negated
+        plain = world.golden_reward("The plot was", text)
+        assert setting.fitting_reward("The plot was", text) == max(-5, min(5, plain + (3 if fits else -3))), text
 
 
 @law
