@@ -6,17 +6,20 @@ that. Three things cost time in LM and not here:
     padding      A batch is a few rows, each holding several prompts with their responses one behind
                  the other; a mask keeps apart what does not belong together.
     repetition   A prompt with several responses (the two of a pair, k samples) is read once.
-    waiting      A response that has ended is left behind while the others are being written.
+    waiting      A response that has ended is left behind while the others are being written. On a GPU it
+                 is Python that the kernels wait for: there a token is recorded once and replayed.
 
 An architecture that it does not know takes the plain forms.
 """
 
+import contextlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 import lm
 
@@ -128,6 +131,8 @@ class FastLM(lm.LM):
         """As LM.sample_batch, with the same random numbers."""
         if not knows(self.model.config):
             return super().sample_batch(prompts, uniform, temperature, draw)
+        if self.device.type == "cuda":
+            return self.replay_batch(prompts, uniform, temperature, draw)
         distinct = {prompt: n for n, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
         ids, mask = lm.pad(list(map(list, distinct)), "left", self.device)  # (distinct, P)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -136,10 +141,7 @@ class FastLM(lm.LM):
         alive = torch.ones_like(rows, dtype=torch.bool)  # and which of them have not ended
         tokens = rows.new_full(uniform.shape, self.eos_id)
         keep = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=self.device)
-        # under autocast, cast a weight once and not in every product: here weights do not move
-        kind = self.device.type
-        with torch.autocast(kind, torch.get_autocast_dtype(kind),
-                            torch.is_autocast_enabled(kind), cache_enabled=True):
+        with weights_cast_once(self.device.type):
             for t in range(uniform.shape[1]):
                 # one new token sees all before it; transformers would find that out anew each time
                 sees = mask if t == 0 else mask[:, None, None].bool()
@@ -160,5 +162,64 @@ class FastLM(lm.LM):
                     cache.batch_select_indices(keep)
                     rows, alive, ids, mask, positions = (
                         x[keep] for x in (rows, alive, ids, mask, positions))
-        torch.clear_autocast_cache()  # casts made without a gradient must not reach a training step
         return tokens.tolist()
+
+    def replay_batch(self, prompts, uniform, temperature=1.0, draw=lm.draw) -> list[lm.Ids]:
+        """As LM.sample_batch. From the third token on, the kernels of the second one are replayed.
+
+        So all that changes has a fixed place: keys and values, the last token, its position, the mask.
+        """
+        ids, mask = lm.pad(prompts, "left", self.device)  # (B, P)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        (P, T), tokens = (ids.shape[1], uniform.shape[1]), ids.new_full(uniform.shape, self.eos_id)
+        cache = StaticCache(config=self.model.config, max_cache_len=P + T)
+        seen = F.pad(mask, (0, T)).bool()  # (B, P + T): by the next token
+        causal = torch.ones(P, P + T, dtype=torch.bool, device=self.device).tril()
+        own = torch.eye(P, P + T, dtype=torch.bool, device=self.device)  # or padding would see nothing
+        token, position = ids[:, -1:].clone(), positions[:, -1:].clone()  # (B, 1)
+        place = torch.tensor([P], device=self.device)  # of that token
+
+        def logits_of(ids, sees, positions):
+            """(B, V) of the next token, and the cache goes on."""
+            return self.model(ids, attention_mask=sees, position_ids=positions, use_cache=True,
+                              logits_to_keep=1, **{self.cache_name: cache}).logits[:, -1]
+
+        def one_token():
+            """The logits after `token`."""
+            seen.index_fill_(1, place, True)
+            place.add_(1)
+            return logits_of(token, seen[:, None, None], position.add_(1))
+
+        alive = torch.ones_like(token.squeeze(1), dtype=torch.bool)  # (B,)
+        with weights_cast_once(self.device.type):
+            logits = logits_of(ids, ((seen[:, None] & causal) | own)[:, None], positions)
+            for t in range(T):
+                token.copy_(draw(logits, uniform[:, t], temperature)[:, None])
+                tokens[:, t] = token.squeeze(1)
+                alive &= ~torch.isin(token.squeeze(1), self.ends)
+                if t == T - 1 or not alive.any():
+                    break
+                if t == 1:  # the first time makes workspaces, which cannot be recorded
+                    one_token = recorded(one_token)
+                logits = one_token()
+        return tokens.tolist()
+
+
+def recorded(work: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """Work on a GPU, whose kernels run again at each call without the Python around them."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # nothing is computed yet
+        result = work()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return result.clone()
+    return replay
+
+
+@contextlib.contextmanager
+def weights_cast_once(kind: str):
+    """Under autocast, cast a weight once and not in every product: while sampling, weights do not move."""
+    with torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=True):
+        yield
+    torch.clear_autocast_cache()  # casts made without a gradient must not reach a training step

@@ -1,5 +1,7 @@
 """FastLM gives what LM gives: log-probs, gradients, and samples token by token."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -94,7 +96,7 @@ def test_under_autocast_log_probs_are_float32_and_their_gradient_is_near_the_exa
 def test_other_models_take_the_plain_forms():
     configs = {name: policy.model.config for name, policy in FAST.items()}
     assert all(map(fast.knows, configs.values())) and set(configs) == fast.ARCHITECTURES
-    eager = AutoModelForCausalLM.from_config(configs["gpt2"], attn_implementation="eager")
+    eager = AutoModelForCausalLM.from_config(copy.deepcopy(configs["gpt2"]), attn_implementation="eager")
     windows = AutoModelForCausalLM.from_config(type(configs["qwen2"])(**{
         **configs["qwen2"].to_dict(), "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0,
         "layer_types": None}))
@@ -113,6 +115,23 @@ def test_samples_are_those_of_the_plain_form_token_by_token(architecture, prompt
     plain, quick = (forms[architecture].sample(asked, 7, torch.Generator().manual_seed(seed), temperature)
                     for forms in (PLAIN, FAST))
     assert quick == plain
+
+
+@pytest.mark.parametrize("architecture", FAST)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU"))])
+def test_samples_of_a_replayed_token_are_those_of_the_plain_form(architecture, device, monkeypatch):
+    """On a CPU its work is done again, where a GPU replays it."""
+    if device == "cpu":
+        monkeypatch.setattr(fast, "recorded", lambda work: work)
+        monkeypatch.setattr(fast.FastLM, "sample_batch", fast.FastLM.replay_batch)
+    asked = [[1, 2], [3], [4, 5, 6, 7], [1, 2]] * 5
+    plain, quick = (copy.deepcopy(forms[architecture]).to(device) for forms in (PLAIN, FAST))
+    for longest, temperature in ((1, 1.0), (2, 1.0), (20, 0.7), (20, 1.0)):
+        one, other = (policy.sample(asked, longest, torch.Generator(device).manual_seed(0), temperature)
+                      for policy in (plain, quick))
+        assert one == other
+    assert 1 < len({len(row) for row in other}), "some end before the others"
 
 
 def test_samples_do_not_depend_on_how_the_rows_are_batched(monkeypatch):
