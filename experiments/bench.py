@@ -4,6 +4,7 @@
     python -m experiments.bench                                   # all rows, about an hour on one core of a CPU
     python -m experiments.bench --only "^DPO step, tiny$" --n 5   # the rows whose names match, five steps each
     python -m experiments.bench --pieces                          # what each piece of fast.py gains, about ten minutes
+    python -m experiments.bench --device cuda --dtype bfloat16 --batch 16 --only "small|SmolLM2"    # on a GPU, minutes
 
 What is timed is dpo.train, hypo.train, rlhf.train_reward, train_ppo, train_rloo and lm.sft themselves, from the moment
 that their loop gives them a step until they ask for the next one: no evaluation, no checkpoint. The sides of a row are
@@ -12,7 +13,8 @@ model directory, the same pairs in the same order and the same precision, and ta
 is the same, not only of the same kind, loss and gradient norm must agree with TRL's in every step, or the row fails.
 
 A row has the medians over the steps after the first, and the quartiles of the ratio step by step, in CPU seconds of
-the process and one thread: other work on the machine disturbs them less than it does wall time.
+the process and one thread: other work on the machine disturbs them less than it does wall time. On a GPU it is wall
+time, until the GPU is done.
 """
 
 import argparse
@@ -40,7 +42,7 @@ from unittest import mock
 
 import huggingface_hub
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PrinterCallback, TrainerCallback
 
 import data
 import dpo
@@ -61,11 +63,19 @@ WORDS = [" " + "".join(letters) for letters in islice(product(string.ascii_lower
 # ---------------------------------------------------------------------------------------------------
 # the clock
 
+def now() -> float:
+    """Seconds: of the process, or by the wall where a GPU works."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
 class Side(TrainerCallback):
     """A training function in a thread of its own, which rests before each of its steps until it is asked for it."""
 
     def __init__(self, train: Callable):
-        self.seconds: list[float] = []  # of CPU, one entry a step
+        self.seconds: list[float] = []  # one entry a step
         self.metrics: list[dict] = []  # what each step logged
         self.error: BaseException | None = None
         self.over = False
@@ -102,10 +112,10 @@ class Side(TrainerCallback):
     def on_step_begin(self, *_, **__) -> None:
         self.rests.release()
         self.turn.acquire()
-        self.began = time.process_time()
+        self.began = now()
 
     def on_step_end(self, *_, **__) -> None:
-        self.seconds.append(time.process_time() - self.began)
+        self.seconds.append(now() - self.began)
 
     def on_log(self, *_, **more) -> None:
         if "grad_norm" in more["logs"]:
@@ -149,11 +159,11 @@ def measure(trains: dict[str, Callable], steps: int, check: float | None = None,
     for _ in range(steps):
         for side in sides.values():
             side.step()
-    cpu = {name: side.seconds[1:] for name, side in sides.items()}
+    seconds = {name: side.seconds[1:] for name, side in sides.items()}
     peer = next((name for name in PEERS if name in sides), "ours")
-    row: dict = dict(n=steps - 1, cpu_seconds={name: statistics.median(each) for name, each in cpu.items()}, ratio={})
+    row: dict = dict(n=steps - 1, seconds={name: statistics.median(each) for name, each in seconds.items()}, ratio={})
     for name in sides.keys() - {peer}:
-        ratios = [theirs / ours for theirs, ours in zip(cpu[peer], cpu[name])]
+        ratios = [theirs / ours for theirs, ours in zip(seconds[peer], seconds[name])]
         row["ratio"][name] = statistics.quantiles(ratios * 2 if steps == 2 else ratios, n=4, method="inclusive")
     if check and peer == "TRL":
         for name, side in sides.items():
@@ -170,9 +180,20 @@ def measure(trains: dict[str, Callable], steps: int, check: float | None = None,
 # the work: model directories, pairs, pi_ref, a reward
 
 def make_model(kind: str, directory: Path) -> str:
-    """tiny is the built-in model; small has GPT-2's size and vocabulary, random weights and a tokenizer of words."""
+    """tiny is the built-in model; the others have random weights and a tokenizer of words.
+
+    small has GPT-2's size and vocabulary, smollm2 SmolLM2-135M's layers.
+    """
     if kind == "tiny":
         policy = lm.LM.load(str(data.tiny_directory()))
+    elif kind == "smollm2":
+        tokenizer = lm.word_tokenizer(WORDS)
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+            num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True, bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        policy = lm.LM(AutoModelForCausalLM.from_config(config), tokenizer)
     else:
         policy = lm.LM.untrained(WORDS, layers=12, width=768, heads=12, positions=1024, seed=0)
         policy.model.config.activation_function = "gelu_new"  # as GPT-2 comes
@@ -199,7 +220,7 @@ def noisy(model):
     """pi_ref is the policy and some noise, so that the first loss is not log 2."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
-        parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
+        parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator).to(parameter.device))
     return model
 
 
@@ -221,7 +242,7 @@ def arguments(steps: int, batch_size: int, **changes) -> argparse.Namespace:
 
 def train_ours(algorithm: str, kind: type[lm.LM], path: str, pairs: list[data.Pair], args, side: Side) -> None:
     """The function that ships, with the loop of Side. kind: lm.LM or fast.FastLM."""
-    policy = kind.load(path, batch_size=args.batch_size)
+    policy = kind.load(path, args.device, batch_size=args.batch_size)
     ref, prompts = noisy(policy.frozen_copy()), [pair.prompt for pair in pairs]
     rows = encode(policy, pairs, 64 if policy.context_length > 64 else 32)
     start = types.SimpleNamespace(policy=policy, ref=ref, prompts=prompts, label=reward)
@@ -253,7 +274,8 @@ def train_ours(algorithm: str, kind: type[lm.LM], path: str, pairs: list[data.Pa
 def scorer_of(policy) -> lm.Scorer:
     """A scorer whose first scores are not 0."""
     scorer = lm.Scorer.of(policy)
-    torch.nn.init.normal_(scorer.model.score.weight, std=0.02, generator=torch.Generator().manual_seed(0))
+    weight = scorer.model.score.weight
+    weight.data.copy_(0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
     return scorer
 
 
@@ -294,8 +316,8 @@ def train_trl(algorithm: str, path: str, pairs: list[data.Pair], args, changes: 
     config = getattr(package, f"{algorithm}Config")(**{**dict(
         output_dir=f"{path}-trl", per_device_train_batch_size=args.batch_size * changes.get("num_generations", 1),
         max_steps=args.steps, learning_rate=args.lr, lr_scheduler_type="linear", max_grad_norm=args.max_grad_norm,
-        bf16=args.dtype == "bfloat16", use_cpu=True, gradient_checkpointing=False, logging_steps=1, save_strategy="no",
-        report_to="none", disable_tqdm=True, train_sampling_strategy="sequential"), **changes})
+        bf16=args.dtype == "bfloat16", use_cpu=args.device == "cpu", gradient_checkpointing=False, logging_steps=1,
+        save_strategy="no", report_to="none", disable_tqdm=True, train_sampling_strategy="sequential"), **changes})
     trainer = getattr(package, f"{algorithm}Trainer")(
         path, args=config, train_dataset=datasets.Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(path, trust_remote_code=False), **more)
@@ -326,24 +348,27 @@ def step(path, n, algorithm, **how):
     return measure(sides, args.steps, *CHECKS.get(algorithm, ()) if args.dtype == "float32" else ())
 
 
-def sampling(path, n, batch, new=48):
+def sampling(path, n, batch, new=48, **changes):
     """Against model.generate. The tiny model ends its responses; random weights hardly ever do."""
     new, length = (24, 8) if path.endswith("tiny") else (new, 64)
-    policy = lm.LM.load(path)
+    args = arguments(n + 1, batch, **changes)
+    policy = lm.LM.load(path, args.device)
     prompts = [(policy.encode_prompt(pair.prompt) * 9)[:length] for pair in make_pairs(path.endswith("tiny"), batch)]
 
     @torch.no_grad()
     def generate(side):
-        ids = torch.tensor(prompts)
+        ids = torch.tensor(prompts, device=args.device)
         for _ in side.steps(range(n + 1)):
             policy.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, top_p=1.0,
                                   max_new_tokens=new, pad_token_id=policy.eos_id, eos_token_id=policy.eos_id).tolist()
 
     def sample(kind, side):
-        policy, generator = kind.load(path, batch_size=batch), torch.Generator().manual_seed(0)
+        policy = kind.load(path, args.device, batch_size=batch)
+        generator = torch.Generator(args.device).manual_seed(0)
         for _ in side.steps(range(n + 1)):
             policy.sample(prompts, new, generator)
-    return measure({"generate": generate, **{name: partial(sample, kind) for name, kind in OURS.items()}}, n + 1)
+    sides = {"generate": generate, **{name: partial(sample, kind) for name, kind in OURS.items()}}
+    return measure({name: run.precision(args)(side) for name, side in sides.items()}, n + 1)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -472,6 +497,9 @@ ROWS: dict[str, tuple[Callable, str, int, dict]] = {
     "sampling, tiny, batch 8": (sampling, "tiny", 30, dict(batch=8)),
     "sampling, tiny, batch 64": (sampling, "tiny", 30, dict(batch=64)),
     "sampling, tiny, batch 512": (sampling, "tiny", 20, dict(batch=512)),
+    "sampling, SmolLM2's size, batch 32": (sampling, "smollm2", 4, dict(batch=32)),
+    "DPO step, SmolLM2's size": (step, "smollm2", 4, dict(algorithm="DPO", batch=4)),
+    "HyPO step, SmolLM2's size": (step, "smollm2", 4, dict(algorithm="HyPO", batch=4, max_new_tokens=24)),
     "SFT step, gpt2-small": (step, "small", 10, dict(algorithm="SFT", batch=8)),
     "SFT step, tiny": (step, "tiny", 30, dict(algorithm="SFT", batch=128)),
     "reward model step, gpt2-small": (step, "small", 10, dict(algorithm="Reward", batch=4, plain=False)),
@@ -498,11 +526,12 @@ GOALS = {"DPO step, gpt2-small": 4, "DPO step, tiny": 3, "online DPO step, 2 sam
 # ---------------------------------------------------------------------------------------------------
 # the command
 
-def hardware() -> dict:
+def hardware(device: str) -> dict:
     """The machine and the versions."""
     info = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*:\s*(.*)", info.read_text() if info.exists() else "")
-    return dict(processor=model[1] if model else "unknown", cores=multiprocessing.cpu_count(), threads=1, **{
+    gpu = dict(GPU=torch.cuda.get_device_name(device)) if device.startswith("cuda") else {}
+    return dict(**gpu, processor=model[1] if model else "unknown", cores=multiprocessing.cpu_count(), threads=1, **{
         name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl") if find_spec(name)})
 
 
@@ -513,9 +542,9 @@ def table(report: dict) -> str:
              "| --- | --- | ---: | ---: | ---: | ---: |"]
     for name in ROWS:
         row = report["rows"].get(name, {})
-        if "ours" not in row.get("ratio", {}) or "cpu_seconds" not in row:
+        if "ours" not in row.get("ratio", {}) or "seconds" not in row:
             continue
-        seconds, (low, middle, high) = row["cpu_seconds"], row["ratio"]["ours"]
+        seconds, (low, middle, high) = row["seconds"], row["ratio"]["ours"]
         peer = next(PEERS[side] for side in PEERS if side in seconds)
         plain = f"{seconds['plain'] / seconds['ours']:.2f}" if "plain" in seconds else ""
         goal = f", under the goal of {GOALS[name]}" if middle < GOALS.get(name, 0) else ""
@@ -552,22 +581,29 @@ def main(argv=None):
     parser.add_argument("--pieces", action="store_true", help="five training steps without one piece of fast.py each")
     parser.add_argument("--n", type=run.number(int, 1, 10**4),
                         help="steps of each row (default: 2 to 30, each row's own)")
+    parser.add_argument("--device", type=run.device, help="cpu, or cuda on a machine with a GPU (default cpu)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the forward passes (default: each row's "
+                        "own, most often float32)")
+    parser.add_argument("--batch", type=run.COUNT, help="pairs or prompts in a step (default: each row's own)")
     parser.add_argument("--out", type=Path, default=Path("runs/bench.json"), help="the file of figures, made anew "
                         "(default runs/bench.json; the published ones are in results/bench.json)")
     args = parser.parse_args(argv)
     if args.pieces and args.only:
         parser.error("--only would have no effect: --pieces has rows of its own")
     rows = WITHOUT if args.pieces else {name: ROWS[name] for name in args.only or ROWS}
+    asked = {name: getattr(args, name) for name in ("device", "dtype", "batch") if getattr(args, name)}
+    if asked:  # the other rows are of the CPU alone
+        rows = {name: row for name, row in rows.items() if row[0] in (step, sampling, pieces)}
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    report: dict = {"rows": {}, "hardware": hardware()}
+    report: dict = {"rows": {}, "hardware": hardware(args.device or "cpu")}
     with tempfile.TemporaryDirectory() as directory:
         for name, (function, kind, n, how) in rows.items():
             run.write_text(args.out, json.dumps(report, indent=1) + "\n")  # at first empty: it can be written
             path = Path(directory, kind)
             if not path.exists():
                 make_model(kind, path.parent)
-            report["rows"][name] = row = function(str(path), args.n or n, **how)
+            report["rows"][name] = row = function(str(path), args.n or n, **how | asked)
             print(name, json.dumps(row), flush=True)
     run.write_text(args.out, json.dumps(report, indent=1) + "\n")
     print((table_of_pieces if args.pieces else table)(report))

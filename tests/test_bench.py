@@ -158,7 +158,7 @@ def test_a_file_that_cannot_be_written_is_known_before_the_hour(tmp_path, monkey
 def test_the_table_has_a_line_for_each_published_row_and_every_one_can_be_measured_again():
     report = json.loads(bench.RESULTS.read_text(encoding="utf-8"))
     lines = bench.table(report).splitlines()[4:]
-    timed = {name for name, row in report["rows"].items() if "cpu_seconds" in row}
+    timed = {name for name, row in report["rows"].items() if "seconds" in row}
     assert {line.split(" | ")[0].removeprefix("| ") for line in lines} == timed
     assert "| DPO step, tiny | TRL | 0.0488 | 3.03 [2.88, 3.37] | 1.71 | 30 |" in lines
     assert "| DPO step, gpt2-small | TRL | 9.17 | 3.41 [3.07, 3.51], under the goal of 4 | 1.34 | 4 |" in lines
