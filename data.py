@@ -265,7 +265,7 @@ def preferences(args, ref: LM, judge) -> tuple[
         pairs = sampled()
     else:
         file = cached("pairs", [
-            fingerprint(ref.source), fingerprint(args.data), fingerprint(args.judge), args.pairs,
+            fingerprint(ref.source), fingerprint(args.data), fingerprint(judge and judge.name), args.pairs,
             args.seed, args.dtype, args.device, args.max_new_tokens, args.eval_samples, args.plain,
             args.batch_size, args.micro_batch],  # log-probs are those of the same batches, to the bit
             lambda file: write_pairs(file, sampled(), "HYPO_CACHE"))

@@ -4,6 +4,7 @@
     vader     the text's sentiment by VADER's rated words, log-odds (pip install vaderSentiment)
     DIR       with judge.json, a bag of words (recipes/sentiment_judge.py makes one), or with a
               sequence classifier of one label or two, such as a reward model of rlhf.py
+    RUN       a finished run, whose policy judges by its implicit reward beta log pi/pi_ref
     none      nobody
 
 Labels: P(a beats b) = sigmoid(reward(a) - reward(b)). Any can be gamed: report a second one.
@@ -32,9 +33,11 @@ def load_judge(name: str, device: str = "cpu") -> Judge | None:
         return Judge(name, vader_rewards())
     if os.path.exists(os.path.join(name, "judge.json")):
         return Judge(name, bag_of_words_rewards(Path(name) / "judge.json"))
+    if os.path.isdir(os.path.join(name, "policy")):
+        return Judge(name, rewards_of_run(Path(name), device))
     if not os.path.isdir(name):
-        raise Refused(f"{name} is neither golden, vader or none, nor a directory with a judge.json "
-                      "or a sequence-classification model")
+        raise Refused(f"{name} is neither golden, vader or none, nor a directory with a judge.json, a "
+                      "sequence-classification model or a finished run")
     model, tokenizer, _ = read_model(
         AutoModelForSequenceClassification, "a judge.json or a sequence-classification model", name)
     labels = model.config.num_labels
@@ -64,6 +67,35 @@ def judged_samples(policy: LM, prompts: Sequence[Prompt], n: int, max_new_tokens
     rewards = [judge(asked, texts) if judge else [None] * n for judge in (outcome, second)]
     return [dict(response=text, logp=logp, reward=reward, second_reward=second_reward)
             for text, logp, reward, second_reward in zip(texts, logps_of(policy, prompt_ids, responses), *rewards)]
+
+
+def rewards_of_run(directory: Path, device: str):
+    """The implicit reward of a finished run's policy."""
+    if (directory / "reward" / "model").exists():
+        raise Refused(f"{directory} holds a reward model and a policy that learned from it; name the "
+                      f"first, {directory}/reward/model")
+    try:
+        summary = json.loads((directory / "summary.json").read_bytes())
+        beta, longest = float(summary["beta"]), int(summary["settings"]["max_new_tokens"])
+        policy, ref = (LM.load(str(path), device) for path in (directory / "policy", summary["pi_ref"]))
+    except (OSError, ValueError, TypeError, KeyError) as error:  # Refused is a ValueError
+        raise Refused(f"{directory} is no finished run whose policy could judge: {error!s:.150}") from None
+    print(f"{directory}: its policy judges, by beta log pi/pi_ref")
+    return implicit_rewards(policy, ref, beta, longest)
+
+
+def implicit_rewards(policy: LM, ref: LM, beta: float, longest: int):
+    """beta log pi(y|x) / pi_ref(y|x): the reward whose optimum, by eq. 5 of the DPO paper, pi is.
+
+    longest: tokens of a response; one that was cut there stays cut.
+    """
+    def rewards_of(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        """See world.Judge."""
+        rows = ([policy.encode_prompt(prompt) for prompt in prompts],
+                [policy.encode_response(y, longest, x) for x, y in zip(prompts, responses, strict=True)])
+        return [beta * (ours - theirs) for ours, theirs in zip(logps_of(policy, *rows), logps_of(ref, *rows))]
+
+    return rewards_of
 
 
 def reward_model_rewards(scorer: Scorer):

@@ -20,7 +20,6 @@ The training is that of hypo.py, dpo.py and rlhf.py. A run here is their command
 import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -34,7 +33,7 @@ import rlhf
 import run
 import world
 from eval import frontier, implicit_reward_metrics, quantile, read_summary
-from judges import logps_of
+from judges import implicit_rewards, logps_of
 from lm import LM, Encoded
 
 # ---------------------------------------------------------------------------------------------------
@@ -167,7 +166,8 @@ def begin(job: Run, folder: Path, args) -> data.Start:
     samples = samples_of(args, ref, judge)
     proxy = label = data.judge_named(str(setting / "reward" / "model"), args.device)
     if job.judge == "implicit":
-        label = implicit_judge(policy_of(OFFLINE, folder, args), ref, args.max_new_tokens)
+        offline = policy_of(OFFLINE, folder, args)
+        label = world.Judge("implicit", implicit_rewards(offline, ref, OFFLINE.beta, args.max_new_tokens))
     pairs = golden
     if job.data != "golden":
         pairs = data.add_ref_logps(ref, make_pairs(job, ref, samples, folder, args))
@@ -266,15 +266,6 @@ def make_pairs(job: Run, ref: LM, samples: list[dict], folder: Path, args) -> li
                  for side in job.data.split("-")]
     return data.collect(likely if job.data == "likely" else two_sided, world.world_prompts()[0], args.pairs,
                         args.seed, GOLDEN_JUDGES[job.world], sure=job.labels == "sign")
-
-
-def implicit_judge(policy: LM, ref: LM, max_new_tokens: int) -> world.Judge:
-    """A policy's implicit reward as a judge: log pi(y|x) / pi_ref(y|x), nats."""
-    def log_ratios(prompts: Sequence, responses: Sequence[str]) -> list[float]:
-        rows = ([policy.encode_prompt(text) for text in prompts],
-                [policy.encode_response(text, max_new_tokens) for text in responses])
-        return [ours - theirs for ours, theirs in zip(logps_of(policy, *rows), logps_of(ref, *rows))]
-    return world.Judge("implicit", log_ratios)
 
 
 def golden_weights(samples: list[dict], n_prompts: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -51,7 +51,7 @@ from experiments.setting import (
 )
 from experiments.stats import Results
 from experiments.studies import REPLAYS, STUDIES
-from judges import judged_samples, load_judge
+from judges import implicit_rewards, judged_samples, load_judge
 from lm import LM, Encoded
 from models import random_gpt2
 from run import UserError, alone, read_rows
@@ -239,25 +239,12 @@ def test_each_online_run_is_labelled_by_its_own_judge(options, folder):
     execute(options, FINAL, implicit)
     ref, offline = LM.load(options.model), LM.load(str(folder / OFFLINE.name / "policy"))
     judges = {FINAL: load_judge(str(folder / setting_of(FINAL).name / "reward" / "model")),
-              implicit: setting.implicit_judge(offline, ref, 24)}
+              implicit: world.Judge("implicit", implicit_rewards(offline, ref, 0.1, 24))}
     for job, judge in judges.items():
         pairs = [pair for pairs in read_stream(folder / job.name / "stream.jsonl") for pair in pairs]
         assert pairs and (setting.judged_gaps(judge, ref, pairs) > 0).all(), job.name
         others = [setting.judged_gaps(other, ref, pairs) for other in judges.values() if other is not judge]
         assert all((gaps < 0).any() for gaps in others), "another judge would have labelled otherwise"
-
-
-@law
-def test_the_implicit_judge_is_the_log_ratio(model_dir):
-    ref = LM.load(str(model_dir))
-    policy = random_gpt2(ref.tokenizer, seed=5, dtype=torch.float32)
-    prompts, responses = ["The plot was"] * 3, [" superb.", " never dull, but slow.", " awful."]
-    policy.batch_size = 2
-    judged = setting.implicit_judge(policy, ref, 24)(prompts, responses)
-    for prompt, response, reward in zip(prompts, responses, judged):
-        row = [ref.encode_prompt(prompt)], [ref.encode_response(response, 24)]
-        assert reward == pytest.approx((policy.logps(*row) - ref.logps(*row)).item(), abs=1e-4)
-    assert min(map(abs, judged)) > 1e-3
 
 
 def test_the_best_unseen_response_is_not_in_the_pairs_and_is_good(options, folder):

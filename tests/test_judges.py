@@ -22,7 +22,7 @@ from transformers import (
 
 import lm
 import world
-from judges import load_judge
+from judges import implicit_rewards, load_judge
 from models import random_gpt2
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
@@ -225,6 +225,41 @@ def test_three_labels_are_no_reward(tmp_path, tokenizer):
     directory = saved(GPT2ForSequenceClassification(config), tokenizer, tmp_path / "three")
     with pytest.raises(lm.Refused, match="three: a reward is one number, but this .* has 3 labels"):
         load_judge(directory)
+
+
+# ---------------------------------------------------------------------------------------------------
+# a run
+
+
+@pytest.mark.law
+def test_the_implicit_reward_is_beta_times_the_log_ratio(tokenizer):
+    ref, policy = (random_gpt2(tokenizer, seed=seed, dtype=torch.float32) for seed in (4, 5))
+    prompts, responses = ["The plot was"] * 3, [" superb.", " never dull, but slow.", " awful."]
+    policy.batch_size = 2
+    for beta, longest in ((0.1, 24), (0.5, 2)):
+        judged = implicit_rewards(policy, ref, beta, longest)(prompts, responses)
+        for prompt, response, reward in zip(prompts, responses, judged):
+            ids = [*ref.encode_prompt(response)[:23], ref.eos_id][:longest]  # the words, and the EOS if it fits
+            row = [ref.encode_prompt(prompt)], [ids]
+            assert reward == pytest.approx(beta * (policy.logps(*row) - ref.logps(*row)).item(), abs=1e-5)
+        assert min(map(abs, judged)) > 1e-3
+
+
+def test_a_finished_run_judges_by_its_policy(tokenizer, tmp_path):
+    ref, policy = (random_gpt2(tokenizer, seed=seed, dtype=torch.float32) for seed in (4, 5))
+    ref.save(tmp_path / "ref")
+    policy.save(tmp_path / "run" / "policy")
+    with pytest.raises(lm.Refused, match="run is no finished run whose policy could judge: .*summary.json"):
+        load_judge(str(tmp_path / "run"))
+    summary = {"beta": 0.3, "pi_ref": str(tmp_path / "ref"), "settings": {"max_new_tokens": 9}}
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+    asked = ["The plot was", "The music felt"], [" superb.", " never dull, but slow."]
+    judge = load_judge(str(tmp_path / "run"))
+    assert judge.name == str(tmp_path / "run")
+    assert judge(*asked) == pytest.approx(implicit_rewards(policy, ref, 0.3, 9)(*asked), abs=1e-5)
+    (tmp_path / "run" / "summary.json").write_text(json.dumps({**summary, "pi_ref": str(tmp_path / "nowhere")}))
+    with pytest.raises(lm.Refused, match="run is no finished run whose policy could judge: .*nowhere"):
+        load_judge(str(tmp_path / "run"))
 
 
 def test_a_directory_without_a_judge_is_a_sentence(tmp_path):
