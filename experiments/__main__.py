@@ -3,6 +3,7 @@
     python -m experiments main               # the five primary claims: 20 minutes on two cores
     python -m experiments all                # every study
     python -m experiments all --quick        # two seeds, few and short runs: to see that everything works
+    python -m experiments reviews            # HyPO, DPO, online and offline IPO, PPO on a real model: hours
     python -m experiments pages              # results/README.md, its pictures, README's table, from results/*.json
     python -m experiments mean RUN RUN ...   # a table of any runs, with the means of those that differ in their seed
 
@@ -35,7 +36,6 @@ the one that is there, unless that has more; all others are trials and leave the
 """
 
 import argparse
-import json
 import os
 import re
 import signal
@@ -46,7 +46,7 @@ import torch
 import run
 from data import read_pairs
 from eval import read_metrics, read_summary, table
-from experiments import pages, stats
+from experiments import pages, reviews, stats
 from experiments.jobs import directory, run_jobs
 from experiments.setting import CLASSIFY, FINAL, Run, pairs_file, setting_of
 from experiments.stats import column
@@ -120,17 +120,8 @@ def conclude(options, name: str) -> None:
         "commit": run.commit(), "seeds": list(seeds),
         "settings": {key: getattr(options, key) for key in FULL},
         "hardware": f"{chip}, torch {torch.__version__.partition('+')[0]}", "table": rows, "claims": claims, **found}
-    rounded = json.loads(json.dumps(report), parse_float=five_digits, parse_constant=null)
-    run.write_text(options.results / f"{name}.json", json.dumps(rounded) + "\n")
+    run.write_text(options.results / f"{name}.json", stats.as_json(report))
     print(f"{pages.as_text(report)}\n\n{options.results}/{name}.png, {options.results}/{name}.json")
-
-
-def five_digits(text: str) -> float:
-    return float(f"{float(text):.5g}")
-
-
-def null(text: str) -> None:
-    """For NaN: one seed has no interval."""
 
 
 def parse(argv):
@@ -138,36 +129,43 @@ def parse(argv):
     parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("name", choices=[*STUDIES, "all", "pages", "mean"], metavar="NAME", help=", ".join(STUDIES) + ", all, pages or "
-        "mean")
+    add("name", choices=[*STUDIES, "all", "reviews", "pages", "mean"], metavar="NAME",
+        help=", ".join(STUDIES) + ", all, reviews, pages or mean")
     add("runs", nargs="*", metavar="RUN", help="directories of runs, for mean alone")
     several = run.number(int, 1, 1000)
-    add("--seeds", type=several, help="how many seeds, from 10 on (default: what the study says, 10 or 6; with "
-        "--quick 2)")
+    add("--seeds", type=several, help="how many seeds, from 10 on (default: what the study says, 10, 6 or for "
+        "reviews 5; with --quick 2)")
     add("--quick", action="store_true", help="short runs on few pairs, kept apart in runs/study-quick: they show that "
         "everything works, not what comes out")
-    add("--model", default="tiny", help="what to study: tiny, a transformers directory, or a hub name (default tiny)")
+    add("--model", help="what to study: tiny, a transformers directory, or a hub name (default tiny, for reviews "
+        f"{reviews.MODEL})")
     add("--device", type=run.device, default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
-    add("--jobs", type=several, help="runs at a time (default: the number of cores for tiny on the CPU, else 1)")
+    add("--jobs", type=several, help="runs at a time (default: the number of cores for tiny and for reviews on "
+        "the CPU, else 1)")
     options = parser.parse_args(argv)
     if bool(options.runs) != (options.name == "mean"):
         parser.error("mean needs directories of runs, and nothing else takes them")
+    film = options.name == "reviews"
+    given, options.model = options.model, options.model or (str(reviews.MODEL) if film else "tiny")
     tiny = options.model == "tiny"
+    if film and tiny:
+        parser.error("reviews needs a pretrained --model")
     if options.name in ("mean", "pages") and (options.seeds or options.quick or options.jobs or not tiny):
         parser.error(f"{options.name} makes no runs: it takes no --seeds, --quick, --model or --jobs")
     defaults = {**(QUICK if options.quick else FULL), **({} if tiny else PRETRAINED)}
     if options.name == "scale" and not tiny:
         parser.error("scale makes built-in models of four widths: it takes no --model")
     vars(options).update(defaults, flags="".join([
-        " --quick" * options.quick, f" --model {options.model}" * (not tiny),
+        " --quick" * options.quick, f" --model {given}" * (not tiny and given is not None),
         f" --seeds {options.seeds}" if options.seeds else ""]))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    options.jobs = options.jobs or (cores if tiny and options.device == "cpu" else 1)
+    options.jobs = options.jobs or (cores if (tiny or film) and options.device == "cpu" else 1)
     options.threads = max(1, cores // options.jobs)
-    options.work = Path("runs") / ("study" + "-quick" * options.quick + (
-        "" if tiny else "-" + re.sub(r"\W+", "-", options.model).strip("-")))
-    standard = tiny and not options.quick and (options.seeds is None or options.seeds >= 10)
+    options.work = Path("runs") / ("study" + "-reviews" * film + "-quick" * options.quick + (
+        "-" + re.sub(r"\W+", "-", given).strip("-") if given not in (None, "tiny") else ""))
+    standard = (tiny or film and given is None) and not options.quick and (
+        options.seeds is None or options.seeds >= (5 if film else 10))
     options.results = Path("results") if standard else options.work / "results"  # a trial must not replace them
     return options, [options.name] if options.name != "all" else [name for name in STUDIES if tiny or name != "scale"]
 
@@ -180,6 +178,11 @@ def main(argv=None) -> None:
     if options.name == "pages":
         pages.write_pages(Path("results"), list(STUDIES))
         pages.write_readme(Path("."))
+        return
+    if options.name == "reviews":
+        options.steps = 3 if options.quick else reviews.STEPS
+        with run.alone(options.work):
+            reviews.main(options, range(FIRST_SEED, FIRST_SEED + (options.seeds or (2 if options.quick else 5))))
         return
     with run.alone(options.work):
         for name in names:

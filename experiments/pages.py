@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 from eval import aligned
+from experiments import reviews
 from experiments.draw import write_labels
 from experiments.stats import Results
 from experiments.studies import STUDIES
@@ -33,10 +34,18 @@ def readme_table(reports: dict[str, dict]) -> str:
 
 
 def write_readme(root: Path) -> None:
-    """Put that table between the marks in README.md."""
-    text, table = (root / "README.md").read_text(encoding="utf-8"), readme_table(read_reports(root / "results"))
-    before, rest = text.split(BEGIN)
-    write_text(root / "README.md", f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")
+    """README's table, and the section of docs/real-models.md on film reviews, between their marks; and its picture."""
+    between_marks(root / "README.md", readme_table(read_reports(root / "results")))
+    if (root / "results/reviews.json").exists():
+        report = read_json(root / "results/reviews.json")
+        between_marks(root / "docs/real-models.md", reviews.page(report))
+        reviews.save(report, root / "results")
+
+
+def between_marks(path: Path, made: str) -> None:
+    """Put what was made between the marks in a file."""
+    before, rest = path.read_text(encoding="utf-8").split(BEGIN)
+    write_text(path, f"{before}{BEGIN}\n{made}\n{END}{rest.split(END)[1]}")
 
 
 BEGIN, END = "<!-- from results/: python -m experiments pages -->", "<!-- end of it -->"

@@ -198,6 +198,17 @@ def seeds_needed(values: list[float]) -> str:
     return f": {math.ceil(n)} seeds would tell" if n < 200 else ": more than 200 seeds would tell"
 
 
+def as_json(report: dict) -> str:
+    """A report with five digits a number, and null for NaN: one seed has no interval."""
+    def five_digits(text: str) -> float:
+        return float(f"{float(text):.5g}")
+
+    def null(text: str) -> None:
+        pass
+
+    return json.dumps(json.loads(json.dumps(report), parse_float=five_digits, parse_constant=null)) + "\n"
+
+
 # ---------------------------------------------------------------------------------------------------
 # any runs
 

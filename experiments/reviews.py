@@ -1,0 +1,280 @@
+"""Does it hold on a real language model? SmolLM2-135M on film reviews, see docs/real-models.md.
+
+    python recipes/smollm2.py runs/smollm2             # the model: recipes/README.md says what to install
+    python recipes/movie_reviews.py runs/reviews       # the task
+    python -m experiments reviews                      # six commands a seed; finished ones are not done again
+
+Declared before the runs. The learning rate and KL_FIXED were chosen on seed 1000.
+
+    seeds       10 to 14. A seed decides pairs, their order and all samples; pi_ref is one
+    arms        ARMS, all from one pi_ref, with the same 1000 labelled pairs, steps, batch and falling rate. The pairs
+                that online IPO samples are labelled by the log-ratio of the offline IPO run of its seed: it knows no
+                other label
+    measures    512 responses to held-out openings after a third, two thirds and all of the steps: win rate against
+                pi_ref by the first judge, which labelled the pairs, and by the second, which nobody trains on; KL;
+                off_support; length
+    claims      CLAIMS, at the last step, and at a fixed KL along training by interpolation between checkpoints, for no
+                arm has a sweep here. The second judge decides: the first can be gamed. PPO on a reward model of the
+                same pairs has no claim
+    verdict     Student's test over seeds of the difference within a seed, corrected by Holm for all claims; nearer to 0
+                than 0.03 of a win rate, 0.01 of off_support or 0.1 of a log counts as equal
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import run
+from eval import COLORS, aligned, panels, read_metrics, read_responses, read_summary
+from experiments import stats
+from lm import text_of
+from run import UserError
+
+MODEL, TASK = Path("runs/smollm2"), Path("runs/reviews")
+STEPS, KL_FIXED = 120, 2.0
+SETTINGS = {"--data": TASK, "--pairs": 1000, "--batch-size": 16, "--lr": 1e-4, "--train-layers": 6,
+            "--eval-samples": 512, "--dtype": "float32"}
+ARMS: dict[str, tuple[str, dict]] = {
+    "DPO": ("dpo.py", {}),
+    "HyPO": ("hypo.py", {"--lam": 0.004}),
+    "HyPO, lam 0.02": ("hypo.py", {"--lam": 0.02}),
+    "offline IPO": ("dpo.py", {"--loss": "ipo"}),
+    "online IPO": ("dpo.py", {"--loss": "ipo", "--sampling": "online"}),
+    "PPO": ("rlhf.py", {"--reward-epochs": 3}),
+}
+NEEDS = {"online IPO": "offline IPO"}  # whose policy is its judge
+COLOR = {"DPO": COLORS["dpo"], "HyPO": COLORS["hypo"], "HyPO, lam 0.02": "#f59e0b", "offline IPO": COLORS["ipo"],
+         "online IPO": COLORS["online ipo"], "PPO": COLORS["ppo"]}
+SECOND = "second_win_rate"
+CLAIMS = [  # what the papers say, of two arms, a measure, where: at the last step or at KL_FIXED; what is expected
+    ("HyPO stays nearer to pi_ref than DPO.", "HyPO", "DPO", "log KL", "end", "below", 0.1),
+    ("It wins more.", "HyPO", "DPO", SECOND, "end", "above", 0.03),
+    ("It wins more at equal KL.", "HyPO", "DPO", SECOND, "kl", "above", 0.03),
+    ("It leaves the support less.", "HyPO", "DPO", "off_support", "end", "below", 0.01),
+    ("Online beats offline.", "online IPO", "offline IPO", SECOND, "end", "above", 0.03),
+    ("Online beats offline at equal KL.", "online IPO", "offline IPO", SECOND, "kl", "above", 0.03),
+    ("It leaves the support less.", "online IPO", "offline IPO", "off_support", "end", "below", 0.01),
+]
+NAMES = {SECOND: "win rate by the second judge", "off_support": "off support", "log KL": "log of the KL"}
+KEPT = ("step", "win_rate", SECOND, "reverse_kl", "off_support", "response_length", "accuracy", "chosen_logratio",
+        "rejected_logratio")
+
+
+# ---------------------------------------------------------------------------------------------------
+# the runs
+
+def directory(options, seed: int, arm: str) -> Path:
+    """Where an arm's run is."""
+    return options.work / str(seed) / arm.lower().replace(", ", "-").replace(" ", "-")
+
+
+def beside(out: Path, form: str) -> Path:
+    """Its command (json) and what it printed (log), beside the run, in whose directory only it writes."""
+    return out.with_name(f"{out.name}.{form}")
+
+
+def command(options, seed: int, arm: str) -> list[str]:
+    """An arm's command for a seed."""
+    program, flags = ARMS[arm]
+    flags = {"--model": options.model, "--device": options.device, **SETTINGS, "--steps": options.steps,
+             "--eval-every": math.ceil(options.steps / 3), "--seed": seed, **flags}
+    if options.quick:
+        flags |= {"--eval-samples": 16, "--pairs": 32, "--sft-steps": 2}
+    if "--sampling" in flags:
+        flags["--judge"] = directory(options, seed, NEEDS[arm])
+    return [program, *(str(word) for pair in flags.items() for word in pair),
+            "--out", str(directory(options, seed, arm))]
+
+
+def refuse_other_settings(options, seed: int, arm: str) -> None:
+    """UserError if a finished run was made by another command."""
+    out = directory(options, seed, arm)
+    path = beside(out, "json")
+    then = run.read_json(path)["words"] if path.exists() else None
+    if read_summary(out) and then != command(options, seed, arm):
+        raise UserError(f"{out} was made by another command: {' '.join(then or ['unknown'])}; move {options.work} "
+                        "away, or give what it was made with")
+
+
+def make_runs(options, seeds: range) -> None:
+    """Do what is missing, options.jobs commands at a time."""
+    for path, recipe in ((options.model, "smollm2"), (TASK, "movie_reviews")):
+        if not Path(path).is_dir():
+            raise UserError(f"{path} is not there; make it with: python recipes/{recipe}.py {path} (recipes/README.md "
+                            "says what to install)")
+    runs = [(seed, arm) for seed in seeds for arm in ARMS]
+    for seed, arm in runs:
+        refuse_other_settings(options, seed, arm)
+    processes: list[subprocess.Popen] = []
+    stop = threading.Event()
+
+    def work(seed: int, arm: str, before: Future | None) -> str | None:
+        """One command, once the one that it needs is done; returns why it failed."""
+        out, words = directory(options, seed, arm), command(options, seed, arm)
+        if before and (why := before.result()):
+            return f"{out} was not started, for {why}"
+        if stop.is_set() or read_summary(out):
+            return None
+        run.write_text(beside(out, "json"), json.dumps({"words": words}) + "\n")
+        with open(beside(out, "log"), "a", encoding="utf-8") as log:
+            process = subprocess.Popen([sys.executable, *words, "--resume"], stdout=log, stderr=log, env={
+                **os.environ, "OMP_NUM_THREADS": str(options.threads)})
+        processes.append(process)
+        if process.wait():
+            return f"{out} failed; {beside(out, 'log')} says why"
+        (out / "checkpoint.pt").unlink()  # as large as three models
+        return None
+
+    with ThreadPoolExecutor(options.jobs) as pool, tqdm(
+            total=len(runs) * options.steps, initial=steps_taken(options, runs), desc=f"{len(runs)} runs", unit="step",
+            disable=None) as bar:
+        futures: dict[tuple[int, str], Future] = {}
+        for seed, arm in runs:  # what another one needs comes before it
+            futures[seed, arm] = pool.submit(work, seed, arm, futures.get((seed, NEEDS.get(arm, ""))))
+        try:
+            while not all(future.done() for future in futures.values()):
+                time.sleep(1)
+                bar.update(steps_taken(options, runs) - bar.n)
+        except BaseException:
+            stop.set()
+            for process in processes:
+                process.terminate()
+            raise
+    failed = [why for future in futures.values() if (why := future.result())]
+    if failed:
+        raise UserError("some runs failed, and the same command tries again:\n  " + "\n  ".join(failed))
+
+
+def steps_taken(options, runs) -> int:
+    """Of all runs."""
+    logs = (directory(options, *one) / "metrics.jsonl" for one in runs)
+    return sum(max(0, log.read_bytes().count(b"\n") - 1) for log in logs if log.exists())
+
+
+# ---------------------------------------------------------------------------------------------------
+# what came
+
+def report_of(options, seeds: range) -> dict:
+    """results/reviews.json."""
+    evaluations = {arm: [[{key: line[key] for key in KEPT} for line in read_metrics(directory(options, seed, arm))
+                          if "reverse_kl" in line] for seed in seeds] for arm in ARMS}
+    summaries = [read_summary(directory(options, seed, arm)) for seed in seeds for arm in ARMS]
+    chip = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"
+    report = {
+        "command": f"python -m experiments reviews{options.flags}",
+        "commit": ", ".join(sorted({summary["commit"] for summary in summaries})), "seeds": list(seeds),
+        "commands": {arm: " ".join(["python", *command(options, seeds[0], arm)]) for arm in ARMS},
+        "hardware": f"{chip}, torch {torch.__version__.partition('+')[0]}",
+        "hours": sum(summary["seconds"] for summary in summaries) / 3600,
+        "evaluations": evaluations, "openings": openings(options, seeds[0])}
+    claims = []
+    for paper, one, other, name, where, expected, margin in CLAIMS:
+        values = [difference(a, b, name, where) for a, b in zip(evaluations[one], evaluations[other])]
+        what = f"{NAMES[name]}, {one} minus {other}" + f", at {KL_FIXED:g} nats" * (where == "kl") + ","
+        claims.append(stats.claim(paper, what, [value for value in values if value is not None], expected, margin))
+    stats.decide(claims)
+    return {**report, "claims": claims}
+
+
+def difference(lines: list[dict], others: list[dict], name: str, where: str) -> float | None:
+    """Of two runs; None where one of them does not reach the KL."""
+    if where == "kl":
+        a, b = along(lines, name), along(others, name)
+        return None if a is None or b is None else a - b
+    if name == "log KL":
+        return math.log(lines[-1]["reverse_kl"] / others[-1]["reverse_kl"])
+    return lines[-1][name] - others[-1][name]
+
+
+def along(lines: list[dict], name: str) -> float | None:
+    """A metric where a run first passes KL_FIXED nats, on the line between the checkpoints on either side."""
+    for before, after in zip(lines, lines[1:]):
+        low, high = before["reverse_kl"], after["reverse_kl"]
+        if low <= KL_FIXED <= high:
+            return before[name] + (KL_FIXED - low) / (high - low) * (after[name] - before[name])
+    return None
+
+
+def openings(options, seed: int, n: int = 5) -> list[dict]:
+    """What the arms of the first seed answer to the first held-out openings, after the last step."""
+    rows = {arm: read_responses(directory(options, seed, arm)) for arm in ARMS}
+    first = rows["DPO"]
+    return [{"opening": text_of(first[i]["prompt"]), "pi_ref": first[i]["ref_response"],
+             **{arm: rows[arm][i]["response"] for arm in ARMS}} for i in range(n)]
+
+
+def table(report: dict) -> list[list[str]]:
+    """Rows of cells: each arm at each checkpoint, means over seeds."""
+    rows = [["arm", "step", "first judge", "second judge", "KL, nats", "off support", "length"]]
+    for arm, by_seed in report["evaluations"].items():
+        for lines in list(zip(*by_seed))[1:]:
+            column = {name: stats.column(list(lines), name) for name in KEPT}
+            rows.append([arm, str(lines[0]["step"]), stats.share(column["win_rate"]), stats.share(column[SECOND]),
+                         stats.cell(column["reverse_kl"], ".2f"), stats.share(column["off_support"]),
+                         stats.cell(column["response_length"], ".1f")])
+    return rows
+
+
+def page(report: dict) -> str:
+    """The section of docs/real-models.md that is made from the report."""
+    head, *rows = table(report)
+    names = ["opening", "pi_ref", *ARMS]
+    bare = str.maketrans({"|": r"\|", "\n": " "})
+    n = len(report["seeds"])
+    return "\n".join([
+        f"Seeds {report['seeds'][0]} to {report['seeds'][-1]}, commit {report['commit']}, {report['hardware']}; "
+        f"{report['hours']:.1f} hours of training, one run at a time.", "",
+        *(f"- {line['paper']} Here: {line['here']}: **{line['verdict']}**." for line in report["claims"]), "",
+        f"Means over the {n} seeds with Student's 95 % interval:", "",
+        f"| {' | '.join(head)} |", f"| {' | '.join('---' for _ in head)} |",
+        *(f"| {' | '.join(row)} |" for row in rows), "",
+        "What the first seed's policies answer to the first five held-out openings:", "",
+        f"| {' | '.join(names)} |", f"| {' | '.join('---' for _ in names)} |",
+        *("| " + " | ".join(row[name].translate(bare).strip() or "…" for name in names) + " |"
+          for row in report["openings"])])
+
+
+def draw(report: dict):
+    """Two panels: win rate against KL, by each judge; a thin line a seed, a thick one their mean."""
+    figure, axes = panels(["win rate against pi_ref, first judge", "second judge"],
+                          "KL(policy || pi_ref), nats a sequence (square-root scale)", 6.0)
+    for axis, name in zip(axes, ("win_rate", SECOND)):
+        for arm, by_seed in report["evaluations"].items():
+            for lines in by_seed:
+                axis.plot(stats.column(lines, "reverse_kl"), stats.column(lines, name), color=COLOR[arm], lw=0.6,
+                          alpha=0.4)
+            x, y = ([sum(stats.column(list(lines), key)) / len(lines) for lines in zip(*by_seed)]
+                    for key in ("reverse_kl", name))
+            axis.plot(x, y, color=COLOR[arm], lw=2, marker="o", markersize=3, label=arm)
+        axis.axhline(0.5, color="gray", lw=0.8, ls=":")
+        axis.set_xscale("function", functions=(lambda x: abs(x) ** 0.5, lambda x: x**2))
+        axis.set_xlim(0)
+    axes[0].sharey(axes[1])
+    axes[1].legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.02, 1))
+    return figure
+
+
+def main(options, seeds: range) -> None:
+    """The command."""
+    make_runs(options, seeds)
+    report = report_of(options, seeds)
+    run.write_text(options.results / "reviews.json", stats.as_json(report))
+    save(report, options.results)
+    print(aligned(table(report)), "", *(f"- {line['paper']} Here: {line['here']}: {line['verdict']}."
+                                        for line in report["claims"]), sep="\n")
+    print(f"\n{options.results}/reviews.png, {options.results}/reviews.json")
+
+
+def save(report: dict, folder: Path) -> None:
+    """The picture."""
+    with run.replacing(folder / "reviews.png") as file:
+        draw(report).savefig(file, format="png", dpi=110, bbox_inches="tight")
