@@ -19,7 +19,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache, StaticCache
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import StaticLayer
 
 import lm
 
@@ -131,78 +132,89 @@ class FastLM(lm.LM):
         """As LM.sample_batch, with the same random numbers."""
         if not knows(self.model.config):
             return super().sample_batch(prompts, uniform, temperature, draw)
-        if self.device.type == "cuda":
-            return self.replay_batch(prompts, uniform, temperature, draw)
         distinct = {prompt: n for n, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
         ids, mask = lm.pad(list(map(list, distinct)), "left", self.device)  # (distinct, P)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         cache = DynamicCache(config=self.model.config)
-        rows = torch.arange(len(prompts), device=self.device)  # the n responses in the batch
-        alive = torch.ones_like(rows, dtype=torch.bool)  # and which of them have not ended
-        tokens = rows.new_full(uniform.shape, self.eos_id)
         keep = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=self.device)
+        write = self.replay if self.device.type == "cuda" else self.write
         with weights_cast_once(self.device.type):
-            for t in range(uniform.shape[1]):
-                # one new token sees all before it; transformers would find that out anew each time
-                sees = mask if t == 0 else mask[:, None, None].bool()
-                logits = self.model(ids, attention_mask=sees, position_ids=positions, use_cache=True,
-                                    logits_to_keep=1, **{self.cache_name: cache}).logits[:, -1]
-                if t == 0:  # a prompt was read once; from here on each response has a row
-                    cache.batch_select_indices(keep)
-                    logits, mask, positions = logits[keep], mask[keep], positions[keep]
-                ids = draw(logits, uniform[rows, t], temperature)[:, None]  # (n, 1)
-                tokens[rows, t] = ids.squeeze(1)
-                alive &= ~torch.isin(ids.squeeze(1), self.ends)
-                if not alive.any():
-                    break
-                mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-                positions = positions[:, -1:] + 1
-                if alive.float().mean() < CROWD:
-                    keep = alive.nonzero().squeeze(1)
-                    cache.batch_select_indices(keep)
-                    rows, alive, ids, mask, positions = (
-                        x[keep] for x in (rows, alive, ids, mask, positions))
+            logits = self.next_logits(ids, mask, positions, cache)
+            cache.batch_select_indices(keep)  # a prompt was read once; now each response has a row
+            return write(logits[keep], mask[keep], positions[keep, -1:], cache,
+                         lambda logits, rows, t: draw(logits, uniform[rows, t], temperature), uniform.shape[1])
+
+    def next_logits(self, ids, sees, positions, cache) -> torch.Tensor:
+        """(B, V) of the token after ids, whose keys and values join the cache. sees: a mask."""
+        return self.model(ids, attention_mask=sees, position_ids=positions, use_cache=True,
+                          logits_to_keep=1, **{self.cache_name: cache}).logits[:, -1]
+
+    def write(self, logits, mask, positions, cache, draw, T: int) -> list[lm.Ids]:
+        """Responses of at most T tokens; draw: function (logits, rows, t) -> their tokens t."""
+        rows = torch.arange(len(mask), device=self.device)  # the n responses in the batch
+        alive = torch.ones_like(rows, dtype=torch.bool)  # and which of them have not ended
+        tokens = rows.new_full((len(rows), T), self.eos_id)
+        for t in range(T):
+            ids = draw(logits, rows, t)[:, None]  # (n, 1)
+            tokens[rows, t] = ids.squeeze(1)
+            alive &= ~torch.isin(ids.squeeze(1), self.ends)
+            if t == T - 1 or not alive.any():
+                break
+            mask, positions = torch.cat([mask, torch.ones_like(ids)], dim=1), positions + 1
+            if alive.float().mean() < CROWD:
+                keep = alive.nonzero().squeeze(1)
+                cache.batch_select_indices(keep)
+                rows, alive, ids, mask, positions = (
+                    x[keep] for x in (rows, alive, ids, mask, positions))
+            # a new token sees all before it; transformers would find that out anew each time
+            logits = self.next_logits(ids, mask[:, None, None].bool(), positions, cache)
         return tokens.tolist()
 
-    def replay_batch(self, prompts, uniform, temperature=1.0, draw=lm.draw) -> list[lm.Ids]:
-        """As LM.sample_batch. From the third token on, the kernels of the second one are replayed.
+    def replay(self, logits, mask, positions, cache, draw, T: int) -> list[lm.Ids]:
+        """As write. From the third token on, the kernels of the second one run again.
 
-        So all that changes has a fixed place: keys and values, the last token, its position, the mask.
+        So all that changes keeps its place, and nobody is left behind.
         """
-        ids, mask = lm.pad(prompts, "left", self.device)  # (B, P)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        (P, T), tokens = (ids.shape[1], uniform.shape[1]), ids.new_full(uniform.shape, self.eos_id)
-        cache = StaticCache(config=self.model.config, max_cache_len=P + T)
-        seen = F.pad(mask, (0, T)).bool()  # (B, P + T): by the next token
-        causal = torch.ones(P, P + T, dtype=torch.bool, device=self.device).tril()
-        own = torch.eye(P, P + T, dtype=torch.bool, device=self.device)  # or padding would see nothing
-        token, position = ids[:, -1:].clone(), positions[:, -1:].clone()  # (B, 1)
-        place = torch.tensor([P], device=self.device)  # of that token
-
-        def logits_of(ids, sees, positions):
-            """(B, V) of the next token, and the cache goes on."""
-            return self.model(ids, attention_mask=sees, position_ids=positions, use_cache=True,
-                              logits_to_keep=1, **{self.cache_name: cache}).logits[:, -1]
+        P = mask.shape[1]
+        cache = Cache(layers=[Room(layer, T) for layer in cache.layers])
+        seen = F.pad(mask, (0, T)).bool()  # (B, P + T)
+        position, ids = positions.clone(), positions.clone()  # (B, 1)
+        place = torch.tensor([P], device=self.device)  # of the last token in a row
+        rows, tokens = torch.arange(len(mask), device=self.device), ids.new_full((len(mask), T), self.eos_id)
+        alive = torch.ones_like(rows, dtype=torch.bool)
 
         def one_token():
-            """The logits after `token`."""
+            """(B, V) after `ids`."""
             seen.index_fill_(1, place, True)
             place.add_(1)
-            return logits_of(token, seen[:, None, None], position.add_(1))
+            return self.next_logits(ids, seen[:, None, None], position.add_(1), cache)
 
-        alive = torch.ones_like(token.squeeze(1), dtype=torch.bool)  # (B,)
-        with weights_cast_once(self.device.type):
-            logits = logits_of(ids, ((seen[:, None] & causal) | own)[:, None], positions)
-            for t in range(T):
-                token.copy_(draw(logits, uniform[:, t], temperature)[:, None])
-                tokens[:, t] = token.squeeze(1)
-                alive &= ~torch.isin(token.squeeze(1), self.ends)
-                if t == T - 1 or not alive.any():
-                    break
-                if t == 1:  # the first time makes workspaces, which cannot be recorded
-                    one_token = recorded(one_token)
-                logits = one_token()
+        for t in range(T):
+            tokens[:, t] = draw(logits, rows, t)
+            ids.copy_(tokens[:, t:t + 1])
+            alive &= ~torch.isin(tokens[:, t], self.ends)
+            if t == T - 1 or not alive.any():
+                break
+            if t == 1:  # the first time makes workspaces, which cannot be recorded
+                one_token = recorded(one_token)
+            logits = one_token()
         return tokens.tolist()
+
+
+class Room(StaticLayer):
+    """A layer's keys and values with room for n more tokens, at places that stay."""
+
+    def __init__(self, filled, n: int):
+        P = filled.keys.shape[2]
+        super().__init__(P + n)
+        self.lazy_initialization(filled.keys, filled.values)
+        self.keys, self.values = (F.pad(x, (0, 0, 0, n)) for x in (filled.keys, filled.values))
+        self.cumulative_length.fill_(P)
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """As StaticLayer's; under autocast the new ones may come in another precision."""
+        return super().update(key_states.to(self.keys.dtype), value_states.to(self.values.dtype),
+                              *args, **kwargs)
 
 
 def recorded(work: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:

@@ -203,7 +203,8 @@ class Network(torch.nn.Module):
         added = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
         self.end_ids = {self.eos_id, tokenizer.eos_token_id} - {None} | added.intersection(
             listed if isinstance(listed, list) else [listed])
-        self.register_buffer("ends", torch.tensor(sorted(self.end_ids)), persistent=False)
+        self.register_buffer(
+            "ends", torch.tensor(sorted(self.end_ids), device=model.device), persistent=False)
         config = getattr(model.config, "text_config", None) or model.config  # of one that also sees
         self.context_length: int = getattr(config, "max_position_embeddings", None) or 10**9
         rope = getattr(config, "rope_parameters", None) or {}

@@ -124,7 +124,7 @@ def test_samples_of_a_replayed_token_are_those_of_the_plain_form(architecture, d
     """On a CPU its work is done again, where a GPU replays it."""
     if device == "cpu":
         monkeypatch.setattr(fast, "recorded", lambda work: work)
-        monkeypatch.setattr(fast.FastLM, "sample_batch", fast.FastLM.replay_batch)
+        monkeypatch.setattr(fast.FastLM, "write", fast.FastLM.replay)
     asked = [[1, 2], [3], [4, 5, 6, 7], [1, 2]] * 5
     plain, quick = (copy.deepcopy(forms[architecture]).to(device) for forms in (PLAIN, FAST))
     for longest, temperature in ((1, 1.0), (2, 1.0), (20, 0.7), (20, 1.0)):
