@@ -1,13 +1,15 @@
 """The log-probs and the samples of lm.py in less time. Can be skipped: `--plain` runs without it.
 
 FastLM gives the results of LM to rounding, and the same samples: tests/test_fast.py holds it to
-that. Three things cost time in LM and not here:
+that. Three things cost time on a CPU in LM and not here:
 
     padding      A batch is a few rows, each holding several prompts with their responses one behind
                  the other; a mask keeps apart what does not belong together.
     repetition   A prompt with several responses (the two of a pair, k samples) is read once.
-    waiting      A response that has ended is left behind while the others are being written. On a GPU it
-                 is Python that the kernels wait for: there a token is recorded once and replayed.
+    waiting      A response that has ended is left behind while the others are being written.
+
+A GPU has room for padding, and its kernels wait for Python: there a token of the sampler is recorded
+once and replayed, four times as fast, and log-probs take the plain form.
 
 An architecture that it does not know takes the plain forms.
 """
@@ -113,7 +115,7 @@ class FastLM(lm.LM):
     @lm.in_parts
     def token_logps(self, prompts, responses):
         """As LM.token_logps."""
-        if not knows(self.model.config):
+        if not knows(self.model.config) or self.device.type == "cuda":
             return super().token_logps(prompts, responses)
         packed = pack(prompts, responses, self.device)
         hidden = self.model.base_model(

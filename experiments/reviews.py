@@ -41,8 +41,8 @@ from run import UserError
 
 MODEL, TASK = Path("runs/smollm2"), Path("runs/reviews")
 STEPS, KL_FIXED = 120, 2.0
-SETTINGS = {"--data": TASK, "--pairs": 1000, "--batch-size": 16, "--lr": 1e-4, "--train-layers": 6,
-            "--eval-samples": 512, "--dtype": "float32"}
+SETTINGS = {"--data": TASK, "--pairs": 1000, "--batch-size": 16, "--lr": 5e-5, "--eval-samples": 512,
+            "--dtype": "float32"}
 ARMS: dict[str, tuple[str, dict]] = {
     "DPO": ("dpo.py", {}),
     "HyPO": ("hypo.py", {"--lam": 0.004}),

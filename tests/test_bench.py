@@ -163,3 +163,10 @@ def test_the_table_has_a_line_for_each_published_row_and_every_one_can_be_measur
     assert "| DPO step, tiny | TRL | 0.0488 | 3.03 [2.88, 3.37] | 1.71 | 30 |" in lines
     assert "| DPO step, gpt2-small | TRL | 9.17 | 3.41 [3.07, 3.51], under the goal of 4 | 1.34 | 4 |" in lines
     assert timed <= set(bench.ROWS)
+
+
+def test_the_figures_of_a_gpu_are_in_the_documentation():
+    report = json.loads(bench.RESULTS.with_name("bench_gpu.json").read_text(encoding="utf-8"))
+    table = bench.table(report)
+    assert table in (bench.RESULTS.parent.parent / "docs" / "speed.md").read_text(encoding="utf-8")
+    assert "goal" not in table and set(report["rows"]) <= set(bench.ROWS)
