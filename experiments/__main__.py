@@ -133,8 +133,8 @@ def parse(argv):
         help=", ".join(STUDIES) + ", all, reviews, pages or mean")
     add("runs", nargs="*", metavar="RUN", help="directories of runs, for mean alone")
     several = run.number(int, 1, 1000)
-    add("--seeds", type=several, help="how many seeds, from 10 on (default: what the study says, 10, 6 or for "
-        "reviews 5; with --quick 2)")
+    add("--seeds", type=several, help="how many seeds, from 10 on (default: what the study says, 10 or 6, for "
+        "reviews 2 to 5; with --quick 2)")
     add("--quick", action="store_true", help="short runs on few pairs, kept apart in runs/study-quick: they show that "
         "everything works, not what comes out")
     add("--model", help="what to study: tiny, a transformers directory, or a hub name (default tiny, for reviews "
@@ -165,7 +165,7 @@ def parse(argv):
     options.work = Path("runs") / ("study" + "-reviews" * film + "-quick" * options.quick + (
         "-" + re.sub(r"\W+", "-", given).strip("-") if given not in (None, "tiny") else ""))
     standard = (tiny or film and given is None) and not options.quick and (
-        options.seeds is None or options.seeds >= (5 if film else 10))
+        options.seeds is None or options.seeds >= (6 if film else 10))
     options.results = Path("results") if standard else options.work / "results"  # a trial must not replace them
     return options, [options.name] if options.name != "all" else [name for name in STUDIES if tiny or name != "scale"]
 
@@ -180,9 +180,9 @@ def main(argv=None) -> None:
         pages.write_readme(Path("."))
         return
     if options.name == "reviews":
-        options.steps = 3 if options.quick else reviews.STEPS
+        options.steps, options.first_seed = 3 if options.quick else reviews.STEPS, FIRST_SEED
         with run.alone(options.work):
-            reviews.main(options, range(FIRST_SEED, FIRST_SEED + (options.seeds or (2 if options.quick else 5))))
+            reviews.main(options)
         return
     with run.alone(options.work):
         for name in names:

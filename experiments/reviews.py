@@ -1,18 +1,18 @@
 """Does it hold on a real language model? SmolLM2-135M on film reviews, see docs/real-models.md.
 
-    python recipes/smollm2.py runs/smollm2             # the model: recipes/README.md says what to install
-    python recipes/movie_reviews.py runs/reviews       # the task
-    python -m experiments reviews                      # six commands a seed; finished ones are not done again
+    python recipes/smollm2.py runs/smollm2                        # recipes/README.md says what to install
+    python recipes/movie_reviews.py runs/reviews --held-out 512
+    python -m experiments reviews                                 # about six hours on one core
 
 Declared before the runs. The learning rate and KL_FIXED were chosen on seed 1000.
 
-    seeds       10 to 14. A seed decides pairs, their order and all samples; pi_ref is one
-    arms        ARMS, all from one pi_ref, with the same 1000 labelled pairs, steps, batch and falling rate. The pairs
-                that online IPO samples are labelled by the log-ratio of the offline IPO run of its seed: it knows no
-                other label
-    measures    512 responses to held-out openings after a third, two thirds and all of the steps: win rate against
-                pi_ref by the first judge, which labelled the pairs, and by the second, which nobody trains on; KL;
-                off_support; length
+    seeds       from 10 on, as many as ARMS says. A seed decides pairs, their order and all samples; pi_ref is one
+    arms        ARMS, all from one pi_ref, with the same 320 labelled pairs, steps, batch and falling rate; the last 6
+                of 30 layers learn. The pairs that online IPO samples are labelled by the log-ratio of the offline IPO
+                run of its seed: it knows no other label
+    measures    win rate against pi_ref by the first judge, which labelled the pairs, and by the second, which nobody
+                trains on; KL; off_support; length. On 512 held-out openings after the last step, on 64 of them after a
+                third and two thirds
     claims      CLAIMS, at the last step, and at a fixed KL along training by interpolation between checkpoints, for no
                 arm has a sweep here. The second judge decides: the first can be gamed. PPO on a reward model of the
                 same pairs has no claim
@@ -33,23 +33,24 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import data
 import run
-from eval import COLORS, aligned, panels, read_metrics, read_responses, read_summary
+from eval import COLORS, Evaluator, aligned, panels, read_metrics, read_responses, read_summary, reload
 from experiments import stats
 from lm import text_of
 from run import UserError
 
 MODEL, TASK = Path("runs/smollm2"), Path("runs/reviews")
-STEPS, KL_FIXED = 120, 2.0
-SETTINGS = {"--data": TASK, "--pairs": 1000, "--batch-size": 16, "--lr": 5e-5, "--eval-samples": 512,
+STEPS, OPENINGS, KL_FIXED = 40, 512, 1.0
+SETTINGS = {"--data": TASK, "--pairs": 320, "--batch-size": 8, "--lr": 6e-4, "--train-layers": 6, "--eval-samples": 64,
             "--dtype": "float32"}
-ARMS: dict[str, tuple[str, dict]] = {
-    "DPO": ("dpo.py", {}),
-    "HyPO": ("hypo.py", {"--lam": 0.004}),
-    "HyPO, lam 0.02": ("hypo.py", {"--lam": 0.02}),
-    "offline IPO": ("dpo.py", {"--loss": "ipo"}),
-    "online IPO": ("dpo.py", {"--loss": "ipo", "--sampling": "online"}),
-    "PPO": ("rlhf.py", {"--reward-epochs": 3}),
+ARMS: dict[str, tuple[str, dict, int]] = {  # the command, its own flags, how many seeds
+    "DPO": ("dpo.py", {}, 5),
+    "HyPO": ("hypo.py", {"--lam": 0.004}, 5),
+    "HyPO, lam 0.02": ("hypo.py", {"--lam": 0.02}, 5),
+    "offline IPO": ("dpo.py", {"--loss": "ipo"}, 4),
+    "online IPO": ("dpo.py", {"--loss": "ipo", "--sampling": "online"}, 4),
+    "PPO": ("rlhf.py", {"--reward-epochs": 3}, 2),
 }
 NEEDS = {"online IPO": "offline IPO"}  # whose policy is its judge
 COLOR = {"DPO": COLORS["dpo"], "HyPO": COLORS["hypo"], "HyPO, lam 0.02": "#f59e0b", "offline IPO": COLORS["ipo"],
@@ -65,8 +66,7 @@ CLAIMS = [  # what the papers say, of two arms, a measure, where: at the last st
     ("It leaves the support less.", "online IPO", "offline IPO", "off_support", "end", "below", 0.01),
 ]
 NAMES = {SECOND: "win rate by the second judge", "off_support": "off support", "log KL": "log of the KL"}
-KEPT = ("step", "win_rate", SECOND, "reverse_kl", "off_support", "response_length", "accuracy", "chosen_logratio",
-        "rejected_logratio")
+KEPT = ("step", "win_rate", SECOND, "reverse_kl", "off_support", "response_length")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -84,11 +84,11 @@ def beside(out: Path, form: str) -> Path:
 
 def command(options, seed: int, arm: str) -> list[str]:
     """An arm's command for a seed."""
-    program, flags = ARMS[arm]
+    program, flags, _ = ARMS[arm]
     flags = {"--model": options.model, "--device": options.device, **SETTINGS, "--steps": options.steps,
              "--eval-every": math.ceil(options.steps / 3), "--seed": seed, **flags}
     if options.quick:
-        flags |= {"--eval-samples": 16, "--pairs": 32, "--sft-steps": 2}
+        flags |= {"--eval-samples": 8, "--pairs": 16, "--sft-steps": 2}
     if "--sampling" in flags:
         flags["--judge"] = directory(options, seed, NEEDS[arm])
     return [program, *(str(word) for pair in flags.items() for word in pair),
@@ -105,13 +105,20 @@ def refuse_other_settings(options, seed: int, arm: str) -> None:
                         "away, or give what it was made with")
 
 
-def make_runs(options, seeds: range) -> None:
+def seeds_of(options, arm: str) -> range:
+    """The seeds of an arm."""
+    return range(options.first_seed, options.first_seed + (options.seeds or (2 if options.quick else ARMS[arm][2])))
+
+
+def make_runs(options) -> None:
     """Do what is missing, options.jobs commands at a time."""
-    for path, recipe in ((options.model, "smollm2"), (TASK, "movie_reviews")):
+    recipes = {options.model: f"smollm2.py {MODEL}", TASK: f"movie_reviews.py {TASK} --held-out {OPENINGS}"}
+    for path, recipe in recipes.items():
         if not Path(path).is_dir():
-            raise UserError(f"{path} is not there; make it with: python recipes/{recipe}.py {path} (recipes/README.md "
-                            "says what to install)")
-    runs = [(seed, arm) for seed in seeds for arm in ARMS]
+            raise UserError(f"{path} is not there; make it with: python recipes/{recipe} (recipes/README.md says what "
+                            "to install)")
+    runs = [(seed, arm) for arm in ARMS for seed in seeds_of(options, arm)]
+    runs.sort(key=lambda run: run[0])  # seed by seed, in the order of ARMS
     for seed, arm in runs:
         refuse_other_settings(options, seed, arm)
     processes: list[subprocess.Popen] = []
@@ -122,16 +129,18 @@ def make_runs(options, seeds: range) -> None:
         out, words = directory(options, seed, arm), command(options, seed, arm)
         if before and (why := before.result()):
             return f"{out} was not started, for {why}"
-        if stop.is_set() or read_summary(out):
-            return None
-        run.write_text(beside(out, "json"), json.dumps({"words": words}) + "\n")
-        with open(beside(out, "log"), "a", encoding="utf-8") as log:
-            process = subprocess.Popen([sys.executable, *words, "--resume"], stdout=log, stderr=log, env={
-                **os.environ, "OMP_NUM_THREADS": str(options.threads)})
-        processes.append(process)
-        if process.wait():
-            return f"{out} failed; {beside(out, 'log')} says why"
-        (out / "checkpoint.pt").unlink()  # as large as three models
+        last = ["-m", "experiments.reviews", str(out), str(16 if options.quick else OPENINGS)]
+        for one, done in ((words + ["--resume"], out / "summary.json"), (last, out / "again" / "metrics.jsonl")):
+            if stop.is_set() or done.exists():
+                continue
+            run.write_text(beside(out, "json"), json.dumps({"words": words}) + "\n")
+            with open(beside(out, "log"), "a", encoding="utf-8") as log:
+                process = subprocess.Popen([sys.executable, *one], stdout=log, stderr=log, env={
+                    **os.environ, "OMP_NUM_THREADS": str(options.threads)})
+            processes.append(process)
+            if process.wait():
+                return f"{out} failed; {beside(out, 'log')} says why"
+        (out / "checkpoint.pt").unlink(missing_ok=True)  # as large as three models
         return None
 
     with ThreadPoolExecutor(options.jobs) as pool, tqdm(
@@ -163,19 +172,27 @@ def steps_taken(options, runs) -> int:
 # ---------------------------------------------------------------------------------------------------
 # what came
 
-def report_of(options, seeds: range) -> dict:
+def evaluations_of(out: Path) -> list[dict]:
+    """Of one run; the last one on all openings."""
+    lines = [line for line in read_metrics(out) if "reverse_kl" in line]
+    lines[-1] = run.read_rows(out / "again" / "metrics.jsonl")[-1]
+    return [{key: line[key] for key in KEPT} for line in lines]
+
+
+def report_of(options) -> dict:
     """results/reviews.json."""
-    evaluations = {arm: [[{key: line[key] for key in KEPT} for line in read_metrics(directory(options, seed, arm))
-                          if "reverse_kl" in line] for seed in seeds] for arm in ARMS}
-    summaries = [read_summary(directory(options, seed, arm)) for seed in seeds for arm in ARMS]
+    runs = {arm: [directory(options, seed, arm) for seed in seeds_of(options, arm)] for arm in ARMS}
+    evaluations = {arm: [*map(evaluations_of, folders)] for arm, folders in runs.items()}
+    summaries = [read_summary(folder) for folders in runs.values() for folder in folders]
     chip = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"
     report = {
         "command": f"python -m experiments reviews{options.flags}",
-        "commit": ", ".join(sorted({summary["commit"] for summary in summaries})), "seeds": list(seeds),
-        "commands": {arm: " ".join(["python", *command(options, seeds[0], arm)]) for arm in ARMS},
+        "commit": ", ".join(sorted({summary["commit"] for summary in summaries})),
+        "seeds": {arm: list(seeds_of(options, arm)) for arm in ARMS},
+        "commands": {arm: " ".join(["python", *command(options, options.first_seed, arm)]) for arm in ARMS},
         "hardware": f"{chip}, torch {torch.__version__.partition('+')[0]}",
         "hours": sum(summary["seconds"] for summary in summaries) / 3600,
-        "evaluations": evaluations, "openings": openings(options, seeds[0])}
+        "evaluations": evaluations, "openings": openings(options)}
     claims = []
     for paper, one, other, name, where, expected, margin in CLAIMS:
         values = [difference(a, b, name, where) for a, b in zip(evaluations[one], evaluations[other])]
@@ -204,9 +221,9 @@ def along(lines: list[dict], name: str) -> float | None:
     return None
 
 
-def openings(options, seed: int, n: int = 5) -> list[dict]:
+def openings(options, n: int = 5) -> list[dict]:
     """What the arms of the first seed answer to the first held-out openings, after the last step."""
-    rows = {arm: read_responses(directory(options, seed, arm)) for arm in ARMS}
+    rows = {arm: read_responses(directory(options, options.first_seed, arm) / "again") for arm in ARMS}
     first = rows["DPO"]
     return [{"opening": text_of(first[i]["prompt"]), "pi_ref": first[i]["ref_response"],
              **{arm: rows[arm][i]["response"] for arm in ARMS}} for i in range(n)]
@@ -214,13 +231,13 @@ def openings(options, seed: int, n: int = 5) -> list[dict]:
 
 def table(report: dict) -> list[list[str]]:
     """Rows of cells: each arm at each checkpoint, means over seeds."""
-    rows = [["arm", "step", "first judge", "second judge", "KL, nats", "off support", "length"]]
+    rows = [["arm", "seeds", "step", "first judge", "second judge", "KL, nats", "off support", "length"]]
     for arm, by_seed in report["evaluations"].items():
         for lines in list(zip(*by_seed))[1:]:
             column = {name: stats.column(list(lines), name) for name in KEPT}
-            rows.append([arm, str(lines[0]["step"]), stats.share(column["win_rate"]), stats.share(column[SECOND]),
-                         stats.cell(column["reverse_kl"], ".2f"), stats.share(column["off_support"]),
-                         stats.cell(column["response_length"], ".1f")])
+            rows.append([arm, str(len(lines)), str(lines[0]["step"]), stats.share(column["win_rate"]),
+                         stats.share(column[SECOND]), stats.cell(column["reverse_kl"], ".2f"),
+                         stats.share(column["off_support"]), stats.cell(column["response_length"], ".1f")])
     return rows
 
 
@@ -229,12 +246,11 @@ def page(report: dict) -> str:
     head, *rows = table(report)
     names = ["opening", "pi_ref", *ARMS]
     bare = str.maketrans({"|": r"\|", "\n": " "})
-    n = len(report["seeds"])
     return "\n".join([
-        f"Seeds {report['seeds'][0]} to {report['seeds'][-1]}, commit {report['commit']}, {report['hardware']}; "
-        f"{report['hours']:.1f} hours of training, one run at a time.", "",
+        f"Commit {report['commit']}, {report['hardware']}; {report['hours']:.1f} hours of training, evaluations at the "
+        "end not counted.", "",
         *(f"- {line['paper']} Here: {line['here']}: **{line['verdict']}**." for line in report["claims"]), "",
-        f"Means over the {n} seeds with Student's 95 % interval:", "",
+        "Means over seeds with Student's 95 % interval:", "",
         f"| {' | '.join(head)} |", f"| {' | '.join('---' for _ in head)} |",
         *(f"| {' | '.join(row)} |" for row in rows), "",
         "What the first seed's policies answer to the first five held-out openings:", "",
@@ -263,10 +279,10 @@ def draw(report: dict):
     return figure
 
 
-def main(options, seeds: range) -> None:
+def main(options) -> None:
     """The command."""
-    make_runs(options, seeds)
-    report = report_of(options, seeds)
+    make_runs(options)
+    report = report_of(options)
     run.write_text(options.results / "reviews.json", stats.as_json(report))
     save(report, options.results)
     print(aligned(table(report)), "", *(f"- {line['paper']} Here: {line['here']}: {line['verdict']}."
@@ -278,3 +294,19 @@ def save(report: dict, folder: Path) -> None:
     """The picture."""
     with run.replacing(folder / "reviews.png") as file:
         draw(report).savefig(file, format="png", dpi=110, bbox_inches="tight")
+
+
+def measure(directory: str, openings: int) -> None:
+    """again/metrics.jsonl of a finished run: its last policy, on so many held-out openings."""
+    start, out = reload(directory, "RUN"), Path(directory)
+    args = start.args
+    with run.working(args):
+        start.policy, start.ref = (data.load_policy(args, path) for path in (str(out / "policy"), start.ref.source))
+        start.held_out_prompts = [row["prompt"] for row in run.read_rows(TASK / "held_out_prompts.jsonl")]
+        args.eval_samples = openings
+        start.samples = data.samples_of(args, start.ref, start.held_out_prompts, start.outcome, start.second, openings)
+        run.write_rows(args.out / "metrics.jsonl", [{"step": args.steps, **Evaluator(start, args)(start.policy)}])
+
+
+if __name__ == "__main__":
+    run.start(lambda: measure(sys.argv[1], int(sys.argv[2])))

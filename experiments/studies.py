@@ -407,10 +407,11 @@ def scale(results: Results) -> Concluded:
 
 def draw_scale(results: Results):
     figure, axes = panels([GOLDEN_WIN, "", "", ""], KL, 3.3)
+    for axis in axes[1:]:
+        axis.sharey(axes[0])
     for axis, (width, arms) in zip(axes, SCALE.items()):
         for (label, arm), color in zip(arms.items(), (RED, TEAL)):
             draw.settled(axis, results, arm, WIN, color, label)
-        axis.sharey(axes[0])
         axis.set_title(f"width {width}", fontsize=10)
     return figure
 
@@ -560,14 +561,16 @@ def extrapolate(results: Results) -> Concluded:
 
 def draw_extrapolate(results: Results):
     labels = ["share of responses of reward 4 or more", "log pi / pi_ref, nats a sequence", "", "", ""]
-    figure, axes = panels(labels, "step", 3.3)
+    figure, axes = panels(labels, "step", 3.6)
+    axes[0].set_ylim(0)
+    for axis in axes[2:]:
+        axis.sharey(axes[1])
     for axis, (label, run) in zip(axes[1:], EXTRAPOLATE.items()):
         draw.along(axes[0], results, run, "good", COLORS[run.label], label)
         for (name, key), color in zip(LOG_RATIOS.items(), ("#15803d", "#1d4ed8", "#b91c1c")):
             draw.along(axis, results, run, key, color, name if label == "PPO" else "")
         draw.zero_line(axis)
         axis.set_title(label, fontsize=10)
-        axis.sharey(axes[1])
     return figure
 
 
