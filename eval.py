@@ -32,7 +32,7 @@ from run import UserError
 # an algorithm has the same colour in every picture
 COLORS = {"hypo": "#c2410c", "dpo": "#1d4ed8", "online dpo": "#7c3aed", "iterative dpo": "#4d7c0f",
           "ppo": "#15803d", "ipo": "#0e7490", "online ipo": "#be185d", "iterative ipo": "#a16207",
-          "rloo": "#0f766e", "bo2": "#6b7280", "online bo2": "#111827", "iterative bo2": "#9a3412"}
+          "rloo": "#0f766e", "grpo": "#9d174d", "bo2": "#6b7280", "online bo2": "#111827", "iterative bo2": "#9a3412"}
 OPTIMA = [4 * 40 ** (-i / 29) for i in range(30)]  # the b of the frontier, from 4 down to 0.1
 
 

@@ -4,6 +4,7 @@
     python rlhf.py --pairs 2000                  # a better reward model
     python rlhf.py --beta 0 --out runs/hacked    # no KL term: the policy hacks the reward model
     python rlhf.py --rloo                        # no critic: REINFORCE, leave-one-out baseline
+    python rlhf.py --grpo                        # no critic: each prompt's rewards are normalised
     python dpo.py --sampling online --judge runs/ppo/reward/model    # the reward model as a judge
 
 Stage 1, Bradley-Terry maximum likelihood on preference pairs (x, y+, y-):
@@ -25,7 +26,8 @@ by PPO (Schulman et al. 2017): a token is an action, the text so far the state. 
 Left out or different: a response without EOS loses --eos-penalty of its reward; the value function
 is a network of its own, started from pi_ref; r_hat is clipped to +-R' on request (--reward-clip),
 which bounds the optimum's KL by 2R'/beta (Lemma 4.1 of arXiv 2406.01462); learning rates that fall
-in a line to 0; no discounting (gamma = 1), no entropy bonus.
+in a line to 0; no discounting (gamma = 1), no entropy bonus. Of GRPO there are the advantages: a
+sample serves one update, so no ratio is clipped, and the KL is charged in the reward.
 """
 
 import argparse
@@ -106,6 +108,22 @@ def rloo_advantages(rewards):
     if k < 2:
         raise ValueError("leave-one-out needs at least 2 samples a prompt, or there are no others")
     return rewards - (rewards.sum(1, keepdim=True) - rewards) / (k - 1)
+
+
+def grpo_advantages(rewards):
+    """(N, k) rewards of k samples a prompt -> (reward - mean) / standard deviation within the prompt.
+
+    GRPO, Shao et al. 2024, arXiv 2402.03300, section 4.1.2. The expected gradient is no longer that of
+    the mean reward: a prompt whose rewards hardly differ counts as much as any other. Of two samples
+    one gets 1 and the other -1, so what rises is the rate at which the policy wins against itself.
+    """
+    k = rewards.shape[1]
+    if k < 2:
+        raise ValueError("normalising needs at least 2 samples a prompt, or they do not differ")
+    gaps = rewards - rewards.mean(1, keepdim=True)
+    deviation = gaps.square().mean(1, keepdim=True).sqrt()  # (N, 1)
+    varied = deviation > 1e-6 * rewards.abs().amax(1, keepdim=True)  # else it is rounding
+    return torch.where(varied, gaps / deviation, 0.0)
 
 
 # ---- stage 1: the reward model
@@ -280,15 +298,16 @@ def ppo_objective(policy, value, rolled: Rollout, old_values, advantages, return
 
 
 def train_rloo(policy, ref, prompts, judge, evaluate, args) -> None:
-    """Stage 2 without a critic: REINFORCE on sequences, the baseline the prompt's other samples."""
+    """Stage 2 without a critic: REINFORCE on sequences, advantages from the prompt's other samples."""
+    advantages_of = grpo_advantages if args.grpo else rloo_advantages
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     for step in run.loop(args, policy, optimizer, evaluate):
         # 1, 2: sample k responses to each prompt and reward them
         asked = [prompt for prompt in step.minibatch(prompts) for _ in range(args.k)]
         rolled = roll_out(policy, ref, asked, judge, step.generator("rollout"), args)
 
-        # the baseline is formed after the KL is charged: of r_hat - beta log pi/pi_ref
-        advantages = rloo_advantages(rolled.rewards.sum(1).view(-1, args.k))  # (B, k)
+        # advantages are formed after the KL is charged: of r_hat - beta log pi/pi_ref
+        advantages = advantages_of(rolled.rewards.sum(1).view(-1, args.k))  # (B, k)
         logps = policy.logps(rolled.prompts, rolled.responses).view(-1, args.k)  # (B, k)
         loss = -(advantages * logps).mean()
 
@@ -315,23 +334,24 @@ def add_flags(add) -> None:
     add("--epochs", type=run.COUNT, default=2, help="PPO's passes over a step's responses (default 2)")
     add("--minibatches", type=run.COUNT, default=1, help="minibatches in a pass (default 1)")
     add("--rloo", action="store_true", help="REINFORCE, the baseline the prompt's other samples")
-    add("--k", type=run.COUNT, default=4, help="samples a prompt with --rloo (default 4)")
+    add("--grpo", action="store_true", help="REINFORCE, advantages normalised within a prompt")
+    add("--k", type=run.COUNT, default=4, help="samples a prompt with --rloo or --grpo (default 4)")
 
 
 def useless(args) -> dict[str, str]:
     """Flags that would have no effect, and why."""
     why: dict[str, str] = {}
-    if args.rloo:
-        why |= dict.fromkeys(["epochs", "minibatches"], "--rloo takes one update from its samples")
+    if args.rloo or args.grpo:
+        why |= dict.fromkeys(["epochs", "minibatches"], "--rloo and --grpo take one update from their samples")
     else:
-        why["k"] = "it is for --rloo; PPO takes one sample a prompt"
+        why["k"] = "it is for --rloo and --grpo; PPO takes one sample a prompt"
     if args.judge != "reward":
         why |= dict.fromkeys(["stage", "reward_epochs", "reward_clip"],
                              f"--judge {args.judge} takes the reward model's place")
     elif args.stage == "ppo":
         why |= dict.fromkeys(["reward_epochs", "reward_clip"], "the reward model is there already")
     elif args.stage == "reward":
-        why |= dict.fromkeys(["steps", "beta", "rloo", "k", "epochs", "minibatches", "eos_penalty"],
+        why |= dict.fromkeys(["steps", "beta", "rloo", "grpo", "k", "epochs", "minibatches", "eos_penalty"],
                              "--stage reward trains no policy")
     return why
 
@@ -341,7 +361,7 @@ def with_reward_model(start, args):
 
     What cannot work is refused here, before an earlier run is moved aside.
     """
-    if args.judge == "reward" or not args.rloo:
+    if args.judge == "reward" or not (args.rloo or args.grpo):
         with data.to_user(f"--model {args.model}"):
             Scorer.of(start.ref)  # reward model and value function are made so
     if args.stage != "ppo":
@@ -358,9 +378,12 @@ def main(argv=None, begin=data.start):
     parser, add = run.parser(__doc__, beta=run.NUMBER)
     add_flags(add)
     parser.set_defaults(judge="reward")
-    args = run.parse(parser, argv, lambda args: "rloo" if args.rloo else "ppo", useless, tiny_lr=4e-3)
-    if args.rloo and args.k < 2:
-        parser.error(f"--rloo needs --k of at least 2, got {args.k}")
+    args = run.parse(parser, argv, lambda args: (
+        "rloo" if args.rloo else "grpo" if args.grpo else "ppo"), useless, tiny_lr=4e-3)
+    if args.rloo and args.grpo:
+        parser.error("--rloo and --grpo are two ways to the advantages; give one")
+    if args.algorithm != "ppo" and args.k < 2:
+        parser.error(f"--{args.algorithm} needs --k of at least 2, got {args.k}")
     if args.minibatches > args.batch_size:
         parser.error(f"--minibatches {args.minibatches} is more than --batch-size "
                      f"{args.batch_size}: some would be empty")
@@ -379,7 +402,7 @@ def main(argv=None, begin=data.start):
             return
         if not start.outcome:  # pairs of a file: what was learned from them measures, too
             start = start._replace(outcome=judge, samples=None)
-        train = train_rloo if args.rloo else train_ppo
+        train = train_ppo if args.algorithm == "ppo" else train_rloo
         train(start.policy, start.ref, start.prompts, judge, Evaluator(start, args), args)
         summary = finish(start, args)  # policy/, summary.json, curve.png
         if summary and args.reward_clip and args.beta > 0:

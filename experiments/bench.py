@@ -237,7 +237,7 @@ def arguments(steps: int, batch_size: int, **changes) -> argparse.Namespace:
     return argparse.Namespace(**{**dict(
         steps=steps, batch_size=batch_size, lr=1e-5, beta=0.1, max_grad_norm=1.0, seed=0, device="cpu", dtype="float32",
         train_layers=None, gradient_checkpointing=False, max_new_tokens=32, loss="dpo", length_average=False, lam=0.004,
-        k=2, eos_penalty=1.0, epochs=2, minibatches=1, target_kl=None), **changes})
+        k=2, grpo=False, eos_penalty=1.0, epochs=2, minibatches=1, target_kl=None), **changes})
 
 
 def train_ours(algorithm: str, kind: type[lm.LM], path: str, pairs: list[data.Pair], args, side: Side) -> None:

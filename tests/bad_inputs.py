@@ -809,6 +809,8 @@ KINDS["flags"] = [
     refused("length average of Best-of-2", "dpo --loss bo2 --length-average", "--length-average", "ipo"),
     refused("beta of Best-of-2", "dpo --loss bo2 --beta 0.2", "--beta", "bo2"),
     refused("k without RLOO", "rlhf --k 4", "--k", "--rloo"),
+    refused("RLOO and GRPO", "rlhf --rloo --grpo", "--rloo", "--grpo"),
+    refused("one sample with GRPO", "rlhf --grpo --k 1", "--grpo", "--k"),
     refused("epochs with RLOO", "rlhf --rloo --epochs 2", "--epochs", "--rloo"),
     refused("minibatches with RLOO", "rlhf --rloo --minibatches 2", "--minibatches", "--rloo"),
     refused("epochs of the reward model without one", "rlhf --judge golden --reward-epochs 1", "--reward-epochs",

@@ -149,6 +149,26 @@ def test_rloo_needs_two_samples():
 
 
 @law
+@given(st.lists(small, min_size=2, max_size=6), small, st.floats(0.1, 10))
+def test_grpo_advantages_do_not_change_with_the_scale_and_the_zero_of_rewards(rewards, shift, scale):
+    rewards = torch.tensor([rewards], dtype=torch.float64)
+    advantages = rlhf.grpo_advantages(rewards)
+    assert advantages.sum().item() == pytest.approx(0, abs=1e-6)
+    if (rewards - rewards.mean()).abs().max() > 1e-3:
+        assert advantages.square().mean().item() == pytest.approx(1)
+        assert torch.allclose(rlhf.grpo_advantages(scale * rewards + shift), advantages, atol=1e-6)
+
+
+@law
+def test_grpo_advantages_by_hand():
+    # mean 3, mean square of -2, -1, 3 is 14/3; equal rewards teach nothing, whatever their size
+    got = rlhf.grpo_advantages(torch.tensor([[1.0, 2.0, 6.0], [0.1, 0.1, 0.1], [1e6, 1e6, 1e6]]))
+    assert torch.allclose(got, torch.tensor([[-2.0, -1.0, 3.0], [0.0] * 3, [0.0] * 3]) / (14 / 3) ** 0.5)
+    with pytest.raises(ValueError, match="at least 2"):
+        rlhf.grpo_advantages(torch.zeros(3, 1))
+
+
+@law
 @given(ragged(), st.floats(0, 2))
 def test_token_rewards_sum_to_the_kl_regularised_reward_and_pay_at_the_last_token(case, beta):
     logratios, finals, mask = case
@@ -218,6 +238,32 @@ def test_expected_rloo_gradient_is_the_gradient_of_J(exact, k):
     # negative control: a mean that includes the sample
     biased = regularised[groups] - regularised[groups].mean(1, keepdim=True)
     assert (expected(biased) - want).norm() / want.norm() > 0.1
+
+
+@law
+def test_expected_grpo_gradient_of_two_samples_is_that_of_winning_against_itself(exact):
+    """And of 0/1 rewards it has the direction of grad E r, longer where they hardly differ; else not even that."""
+    policy, _, rewards, _ = exact
+    log_pi = policy.logps([PROMPT] * len(RESPONSES), RESPONSES)
+    pi = log_pi.detach().exp()
+
+    def expected(rewards, k):
+        groups = torch.tensor(list(itertools.product(range(len(RESPONSES)), repeat=k)))  # (15^k, k)
+        advantages = rlhf.grpo_advantages(rewards[groups])
+        return gradient((pi[groups].prod(1) * (advantages * log_pi[groups]).mean(1)).sum(), policy)
+
+    beats = (rewards[:, None] > rewards).double() + 0.5 * (rewards[:, None] == rewards)  # (15, 15)
+    win_rate = log_pi.exp() @ beats @ pi  # of the policy that moves over the one that stays
+    assert torch.allclose(expected(rewards, 2), 2 * gradient(win_rate, policy), atol=1e-8)
+    good = (rewards > rewards.median()).double()
+    slope, p = gradient(log_pi.exp() @ good, policy), (pi @ good).item()  # of the mean 0/1 reward
+    # one good of three has 2 ** 0.5, two of three have 0.5 ** 0.5 each, the others minus what makes the sum 0
+    a, b = 2**0.5, 0.5**0.5
+    factor = ((1 - p)**2 * a + 2 * p * (1 - p) * b) + (p**2 * a + 2 * p * (1 - p) * b)  # E A | good minus E A | bad
+    assert torch.allclose(expected(good, 3), factor * slope, atol=1e-8)
+    # negative control: of other rewards it is no multiple of the gradient of their mean
+    mean, got = gradient(log_pi.exp() @ rewards, policy), expected(rewards, 3)
+    assert torch.nn.functional.cosine_similarity(mean, got, dim=0) < 0.999
 
 
 def exact_values(log_pi, rewards):
@@ -334,10 +380,11 @@ def test_ppo_killed_and_resumed_equals_uninterrupted(model_dir, tmp_path):
     assert bytes_of(tmp_path / "killed") == bytes_of(tmp_path / "whole")
 
 
-def test_rloo_and_the_golden_judge_train(model_dir, tmp_path):
-    rlhf.main(["--model", str(model_dir), "--out", str(tmp_path / "r"), *SMALL, "--rloo", "--judge", "golden"])
+@pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
+def test_without_a_critic_and_by_the_golden_judge_it_trains(algorithm, model_dir, tmp_path):
+    rlhf.main(["--model", str(model_dir), "--out", str(tmp_path / "r"), *SMALL, f"--{algorithm}", "--judge", "golden"])
     summary = json.loads((tmp_path / "r" / "summary.json").read_text())
-    assert summary["algorithm"] == "rloo" and summary["reverse_kl"] > 0 and not (tmp_path / "r" / "reward").exists()
+    assert summary["algorithm"] == algorithm and summary["reverse_kl"] > 0 and not (tmp_path / "r" / "reward").exists()
 
 
 def test_stages_can_be_run_one_after_the_other(model_dir, tmp_path):
@@ -382,7 +429,7 @@ def test_a_rollout_charges_the_kl_and_a_response_without_eos(policy, ref):
     assert rolled.metrics["online_kl"].item() == pytest.approx(logratios.mean().item())
 
 
-@pytest.mark.parametrize("more", [[], ["--rloo"]], ids=["ppo", "rloo"])
+@pytest.mark.parametrize("more", [[], ["--rloo"], ["--grpo"]], ids=["ppo", "rloo", "grpo"])
 def test_training_raises_the_reward_it_is_given(more, model_dir, tmp_path, monkeypatch):
     """A judge that likes the word "superb"; a sign lost between the loss and the loop would shun it."""
     judge = world.Judge("superb", lambda prompts, texts: [float("superb" in text) for text in texts])
