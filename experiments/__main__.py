@@ -114,6 +114,9 @@ def conclude(options, name: str) -> None:
     found = {**collect(options, seeds, list(dict.fromkeys(study.runs))), "pairs": options.pairs}
     rows, claims = study.conclude(stats.Results(found))
     stats.decide(claims)
+    for line in claims:  # at a fixed KL, a seed counts where both arms reach it
+        n = len(line["values"])
+        line["here"] += f" ({n} of {len(seeds)} seeds)" * (n < len(seeds))
     chip = torch.cuda.get_device_name() if options.device.startswith("cuda") else f"{os.cpu_count()} CPU cores"
     report = {
         "study": name, "title": study.title, "command": f"python -m experiments {name}{options.flags}",

@@ -197,7 +197,8 @@ def report_of(options) -> dict:
     for paper, one, other, name, where, expected, margin in CLAIMS:
         values = [difference(a, b, name, where) for a, b in zip(evaluations[one], evaluations[other])]
         what = f"{NAMES[name]}, {one} minus {other}" + f", at {KL_FIXED:g} nats" * (where == "kl") + ","
-        claims.append(stats.claim(paper, what, [value for value in values if value is not None], expected, margin))
+        there = [value for value in values if value is not None]
+        claims.append(stats.claim(paper, f"{what} {len(there)} seeds,", there, expected, margin))
     stats.decide(claims)
     return {**report, "claims": claims}
 
