@@ -28,6 +28,8 @@ README_ROWS = ("fitting", "goodhart", "classify", "labels", "quality", "loss", "
 
 def readme_table(reports: dict[str, dict]) -> str:
     """The rows of README: the primary claims, and the first claim of some other studies."""
+    if "main" not in reports:
+        raise UserError("results/main.json is missing; python -m experiments main makes it")
     lines = [*reports["main"]["claims"], *(reports[name]["claims"][0] for name in README_ROWS if name in reports)]
     return "\n".join(["| | the papers' claim | here | |", "| ---: | --- | --- | --- |", *(
         f"| {i} | {line['paper']} | {line['here']} | **{line['verdict']}** |" for i, line in enumerate(lines, 1))])
@@ -44,8 +46,11 @@ def write_readme(root: Path) -> None:
 
 def between_marks(path: Path, made: str) -> None:
     """Put what was made between the marks in a file."""
-    before, rest = path.read_text(encoding="utf-8").split(BEGIN)
-    write_text(path, f"{before}{BEGIN}\n{made}\n{END}{rest.split(END)[1]}")
+    before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise UserError(f"{path} has no lines {BEGIN!r} and {END!r} for the table to stand between")
+    write_text(path, f"{before}{begin}\n{made}\n{end}{after}")
 
 
 BEGIN, END = "<!-- from results/: python -m experiments pages -->", "<!-- end of it -->"

@@ -790,6 +790,14 @@ def test_pages_without_a_report_says_where_to_go(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="holds no report of a study"):
         command.main(["pages"])
+    with pytest.raises(UserError, match="results/main.json is missing"):
+        pages.readme_table({})
+    (tmp_path / "README.md").write_text("# no marks\n")
+    with pytest.raises(UserError, match="README.md has no lines"):
+        pages.between_marks(tmp_path / "README.md", "| table |")
+    (tmp_path / "README.md").write_text(f"before\n{pages.BEGIN}\nold\n{pages.END}\nafter\n")
+    pages.between_marks(tmp_path / "README.md", "new")
+    assert (tmp_path / "README.md").read_text() == f"before\n{pages.BEGIN}\nnew\n{pages.END}\nafter\n"
 
 
 def test_the_page_of_results_says_what_the_json_files_say(tmp_path):
