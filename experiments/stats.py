@@ -192,7 +192,7 @@ def decide(claims: list[dict]) -> None:
 
 def seeds_needed(values: list[float]) -> str:
     """How many seeds find a difference as large as these show, with probability 0.8: ((1.96 + 0.84) sd / mean)^2."""
-    if len(values) < 2 or not statistics.fmean(values):
+    if len(values) < 3 or not statistics.fmean(values):  # two say nothing of their spread
         return ""
     n = (2.8 * statistics.stdev(values) / statistics.fmean(values)) ** 2 + 2  # 2 for Student's wider tails
     return f": {math.ceil(n)} seeds would tell" if n < 200 else ": more than 200 seeds would tell"

@@ -429,7 +429,7 @@ def test_a_rollout_charges_the_kl_and_a_response_without_eos(policy, ref):
     assert rolled.metrics["online_kl"].item() == pytest.approx(logratios.mean().item())
 
 
-@pytest.mark.parametrize("more", [[], ["--rloo"], ["--grpo"]], ids=["ppo", "rloo", "grpo"])
+@pytest.mark.parametrize("more", [[], ["--grpo"]], ids=["ppo", "grpo"])  # RLOO has the loop of GRPO
 def test_training_raises_the_reward_it_is_given(more, model_dir, tmp_path, monkeypatch):
     """A judge that likes the word "superb"; a sign lost between the loss and the loop would shun it."""
     judge = world.Judge("superb", lambda prompts, texts: [float("superb" in text) for text in texts])
