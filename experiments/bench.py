@@ -54,7 +54,7 @@ import run
 import world
 from rows import encode
 
-RESULTS = Path(__file__).parent.parent / "results" / "bench.json"  # and bench_gpu.json, of a GPU
+RESULTS = Path(__file__).parent.parent / "results" / "bench.json"  # and results/bench_gpu.json
 OURS = {"ours": fast.FastLM, "plain": lm.LM}
 PEERS = {"TRL": "TRL", "generate": "`generate`", "plain": "plain forms"}  # a row's peer is the first that it has
 WORDS = [" " + "".join(letters) for letters in islice(product(string.ascii_lowercase, repeat=4), 50256)]

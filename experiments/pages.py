@@ -23,7 +23,7 @@ sweep of beta, seed by seed. "Off support": the share of samples that pi_ref all
 VERDICTS = """A verdict is Student's test over seeds, corrected by Holm for the claims of its study. Holds: what the
 paper says. Reversed: on the other side of 0. Equal: within the margin that is named. Different: where equal was
 expected. Open: these seeds do not tell, and about so many would. Among {n} verdicts are {counts}."""
-README_ROWS = ("fitting", "goodhart", "classify", "labels", "quality", "loss", "scale")  # after main: the first claim
+README_ROWS = ("fitting", "goodhart", "classify", "quality", "loss", "scale")  # after main: the first claim
 
 
 def readme_table(reports: dict[str, dict]) -> str:

@@ -180,7 +180,7 @@ def evaluations_of(out: Path) -> list[dict]:
 
 
 def report_of(options) -> dict:
-    """results/reviews.json."""
+    """Everything that came."""
     runs = {arm: [directory(options, seed, arm) for seed in seeds_of(options, arm)] for arm in ARMS}
     evaluations = {arm: [*map(evaluations_of, folders)] for arm, folders in runs.items()}
     summaries = [read_summary(folder) for folders in runs.values() for folder in folders]
