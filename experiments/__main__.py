@@ -1,7 +1,7 @@
 """The experiments of the two papers, one command each.
 
-    python -m experiments main               # the five primary claims: 20 minutes on two cores
-    python -m experiments all                # every study
+    python -m experiments main               # the five primary claims: 25 minutes on two cores
+    python -m experiments all                # every study: three hours on two cores
     python -m experiments all --quick        # two seeds, few and short runs: to see that everything works
     python -m experiments reviews            # HyPO, DPO, online and offline IPO, PPO on a real model: hours
     python -m experiments pages              # results/README.md, its pictures, README's table, from results/*.json

@@ -3,7 +3,7 @@
 The cases are the table in bad_inputs.py. Each runs a command as `python X.py ARGS` does, in a new directory and in a
 fork of this process, which has imported torch already.
 
-    python -m pytest tests/test_bad_inputs.py    # every third case, for all of them take two minutes
+    python -m pytest tests/test_bad_inputs.py    # every fourth case, for all of them take two minutes
     python tests/test_bad_inputs.py              # all: how many of each kind are right, and what the others did
     python tests/test_bad_inputs.py DIR          # the same, of another checkout
 """
@@ -203,7 +203,7 @@ def outcomes(request, tmp_path_factory):
     return outcomes_of([case for case in CASES if case.name in wanted], directory / "cases", build(directory))
 
 
-@pytest.mark.parametrize("case", CASES[::3], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES[::4], ids=lambda case: case.name)
 def test_bad_input(case, outcomes):
     problem = shortfall(case, outcomes[case.name])
     assert not problem, f"{case.command}\n{problem}"
