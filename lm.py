@@ -138,6 +138,7 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float = 1.0) 
     """(B,) one token a row from softmax(logits / temperature), by uniform numbers (B,) in [0, 1).
 
     It inverts the distribution function: exact, as torch.multinomial, which uses V numbers a row.
+    FloatingPointError: a logit that is NaN.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (B, V)
     # in float64: in float32, a third of a vocabulary of 152,000 could never be drawn

@@ -59,7 +59,7 @@ def close(got, expected, within: float) -> bool:
 def show(value) -> str:
     """A value as short text."""
     if isinstance(value, float):
-        return f"{value:.7g}" if abs(value) > 1e-12 else "0"
+        return "0" if abs(value) <= 1e-12 else f"{value:.7g}"  # NaN is no 0
     if isinstance(value, (list, tuple)):
         text = "[" + ", ".join(map(show, value)) + "]"
         return text if len(text) < 300 else text[:300] + " ..."

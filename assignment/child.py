@@ -28,7 +28,7 @@ from pathlib import Path
 import pluggy
 
 # check, pytest and torch are imported in functions: grade.py imports this file, and has nothing to do with them
-PRELOADED = ["check", "pytest", "torch", "transformers.models.auto.modeling_auto",
+PRELOADED = ["check", "standins", "pytest", "torch", "transformers.models.auto.modeling_auto",
              "transformers.models.auto.tokenization_auto", "transformers.models.gpt2.modeling_gpt2"]
 START_UP = 300  # seconds that their import may take
 LONGEST = 2000  # characters of a text that comes from a child

@@ -20,11 +20,14 @@ from exercises import EXERCISES, HERE, PROJECT, Exercise
 # besides all *.py and the exercises' tests; of experiments/ what coverage.py's own command needs, and no study
 COPIED = ["LICENSE", "pyproject.toml", "requirements.txt", "docs/glossary.md", "experiments/__init__.py",
           "experiments/coverage_pictures.py", "experiments/coverage_of_run.py", "assignment/README.md",
-          "assignment/exercises.py", "assignment/check.py", "assignment/grade.py", "assignment/child.py"]
+          "assignment/notes.md", "assignment/exercises.py", "assignment/check.py", "assignment/standins.py",
+          "assignment/grade.py", "assignment/child.py"]
 
 # fast.py knows no model there, so that every run takes the student's forms
-KEPT_BACK = {"fast": {"knows": "return False", "pack": 'raise NotImplementedError("kept back")',
-                      "FastLM.token_logps": "return super().token_logps(prompts, responses)"}}
+HIDDEN = 'raise NotImplementedError("kept back")'
+KEPT_BACK = {"fast": {"knows": "return False", "pack": HIDDEN, "FastLM.write": HIDDEN, "FastLM.replay": HIDDEN,
+                      "FastLM.token_logps": "return super().token_logps(prompts, responses)",
+                      "FastLM.sample_batch": "return super().sample_batch(prompts, uniform, temperature, draw)"}}
 
 
 def functions_of(source: str) -> dict[str, ast.FunctionDef]:

@@ -1,4 +1,4 @@
-"""Exercise 9: HyPO's KL term. What counts is its expected gradient, by enumerating every sample."""
+"""Exercise 18: HyPO's KL term. What counts is its expected gradient, by enumerating every sample."""
 
 import itertools
 from functools import partial
@@ -9,8 +9,8 @@ from check import expect as expect_
 
 import hypo
 
-pytestmark = pytest.mark.exercise(n=9)
-expect = partial(expect_, 9)
+pytestmark = pytest.mark.exercise(n=18)
+expect = partial(expect_, 18)
 tensor = partial(torch.tensor, dtype=torch.float64)
 
 POLICY, REF = [0.5, 0.3, 0.2], [0.2, 0.2, 0.6]

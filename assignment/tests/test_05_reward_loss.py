@@ -1,4 +1,4 @@
-"""Exercise 4: the Bradley-Terry loss of a reward model, by hand."""
+"""Exercise 5: the Bradley-Terry loss of a reward model, by hand."""
 
 from functools import partial
 
@@ -8,8 +8,8 @@ from check import expect as expect_
 
 import rlhf
 
-pytestmark = pytest.mark.exercise(n=4)
-expect = partial(expect_, 4)
+pytestmark = pytest.mark.exercise(n=5)
+expect = partial(expect_, 5)
 tensor = partial(torch.tensor, dtype=torch.float64)
 
 

@@ -1,4 +1,4 @@
-"""Exercise 7: leave-one-out advantages, by hand."""
+"""Exercise 14: leave-one-out advantages, by hand."""
 
 from functools import partial
 
@@ -8,8 +8,8 @@ from check import expect as expect_
 
 import rlhf
 
-pytestmark = pytest.mark.exercise(n=7)
-expect = partial(expect_, 7)
+pytestmark = pytest.mark.exercise(n=14)
+expect = partial(expect_, 14)
 tensor = partial(torch.tensor, dtype=torch.float64)
 
 

@@ -1,4 +1,4 @@
-"""Exercise 10: how a step of HyPO is wired. Losses and models are stand-ins with simple numbers.
+"""Exercise 19: how a step of HyPO is wired. Losses and models are stand-ins with simple numbers.
 
 A stand-in's log-prob of a response is the sum of its tokens' scores: -token for the policy, -token/2 for pi_ref. What
 the tests look at is the gradient by these scores that is there when the optimizer takes its step.
@@ -17,8 +17,8 @@ import hypo
 import run
 from lm import LM, Encoded
 
-pytestmark = pytest.mark.exercise(n=10)
-expect = partial(expect_, 10)
+pytestmark = pytest.mark.exercise(n=19)
+expect = partial(expect_, 19)
 
 EOS = 0
 # of the policy log pi is -3, -4 and -5, -12; the log-ratios are -1.5, -2 and -2.5, -6
@@ -176,7 +176,7 @@ def test_the_policy_goes_down_by_the_learning_rate(monkeypatch):
     def change_of_the_scores(lam, lr):
         return train(monkeypatch, lam, lr=lr)[1][0].moved
     expect([0.01, 0, 0, 0.01, 0.01, 0.01, 0.01, 0, 0, 0, 0, 0], change_of_the_scores, 0.0, 0.01, within=1e-5,
-           because="dpo.train's AdamW: its first step is lr against the gradient's sign, and without a gradient none")
+           because="AdamW's first step: lr against the gradient's sign, and without weight decay none elsewhere")
 
 
 def test_the_optimizer_moves_the_policy_alone(monkeypatch):

@@ -1,4 +1,4 @@
-"""Exercise 8: the reverse KL of two models, on canned next-token distributions."""
+"""Exercise 17: the reverse KL of two models, on canned next-token distributions."""
 
 import itertools
 import math
@@ -10,8 +10,8 @@ from check import expect as expect_
 
 import lm
 
-pytestmark = pytest.mark.exercise(n=8)
-expect = partial(expect_, 8)
+pytestmark = pytest.mark.exercise(n=17)
+expect = partial(expect_, 17)
 
 # next-token probabilities at three positions of the response: of the policy, and of pi_ref
 POLICY = [[3 / 4, 1 / 4], [1 / 2, 1 / 2], [3 / 4, 1 / 4]]

@@ -1,4 +1,4 @@
-"""Exercise 5: generalised advantage estimates and whitening, by hand."""
+"""Exercise 9: generalised advantage estimates and whitening, by hand."""
 
 from functools import partial
 
@@ -8,8 +8,8 @@ from check import expect as expect_
 
 import rlhf
 
-pytestmark = pytest.mark.exercise(n=5)
-expect = partial(expect_, 5)
+pytestmark = pytest.mark.exercise(n=9)
+expect = partial(expect_, 9)
 tensor = partial(torch.tensor, dtype=torch.float64)
 
 REWARDS, VALUES = [[1.0, 2.0, 3.0]], [[0.5, 1.0, 1.5]]

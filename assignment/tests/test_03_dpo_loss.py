@@ -1,4 +1,4 @@
-"""Exercise 2: the DPO loss, by hand."""
+"""Exercise 3: the DPO loss, by hand."""
 
 from functools import partial
 
@@ -9,8 +9,8 @@ from check import expect as expect_
 import coverage
 import dpo
 
-pytestmark = pytest.mark.exercise(n=2)
-expect = partial(expect_, 2)
+pytestmark = pytest.mark.exercise(n=3)
+expect = partial(expect_, 3)
 tensor = partial(torch.tensor, dtype=torch.float64)
 
 

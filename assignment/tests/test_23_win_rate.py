@@ -1,4 +1,4 @@
-"""Exercise 14: win rates and Wilson's interval, by hand."""
+"""Exercise 23: win rates and Wilson's interval, by hand."""
 
 from functools import partial
 
@@ -7,8 +7,8 @@ from check import expect as expect_
 
 from eval import wilson_interval, win_rate
 
-pytestmark = pytest.mark.exercise(n=14)
-expect = partial(expect_, 14)
+pytestmark = pytest.mark.exercise(n=23)
+expect = partial(expect_, 23)
 
 
 def test_a_tie_is_half_a_win():

@@ -1,4 +1,4 @@
-"""Exercise 12: global and local coverage where the answer is known in closed form, and at the edges."""
+"""Exercise 21: global and local coverage where the answer is known in closed form, and at the edges."""
 
 import math
 from functools import partial
@@ -9,8 +9,8 @@ from check import expect as expect_
 
 import coverage
 
-pytestmark = pytest.mark.exercise(n=12)
-expect = partial(expect_, 12)
+pytestmark = pytest.mark.exercise(n=21)
+expect = partial(expect_, 21)
 tensor = partial(torch.tensor, dtype=torch.float64)
 
 DOUBLES_A_QUARTER = 0.14384103622589045  # kl(1/2 || 1/4) = 1/2 log 2 + 1/2 log 2/3

@@ -1,4 +1,4 @@
-"""Exercise 3: the IPO loss, by hand."""
+"""Exercise 4: the IPO loss, by hand."""
 
 from functools import partial
 
@@ -9,8 +9,8 @@ from check import expect as expect_
 import coverage
 import dpo
 
-pytestmark = pytest.mark.exercise(n=3)
-expect = partial(expect_, 3)
+pytestmark = pytest.mark.exercise(n=4)
+expect = partial(expect_, 4)
 tensor = partial(torch.tensor, dtype=torch.float64)
 
 
