@@ -33,6 +33,9 @@ from run import UserError
 COLORS = {"hypo": "#c2410c", "dpo": "#1d4ed8", "online dpo": "#7c3aed", "iterative dpo": "#4d7c0f",
           "ppo": "#15803d", "ipo": "#0e7490", "online ipo": "#be185d", "iterative ipo": "#a16207",
           "rloo": "#0f766e", "grpo": "#9d174d", "bo2": "#6b7280", "online bo2": "#111827", "iterative bo2": "#9a3412"}
+# a square-root scale, for a KL: it has a 0, for which log has no place
+ROOT_SCALE: dict = dict(value="function", functions=(lambda x: abs(x) ** 0.5, lambda root: root**2))
+IN_CELL = str.maketrans({"|": r"\|", "\n": " "})  # a cell of Markdown holds no bare bar and no line break
 OPTIMA = [4 * 40 ** (-i / 29) for i in range(30)]  # the b of the frontier, from 4 down to 0.1
 
 
@@ -251,11 +254,10 @@ def read_summary(directory) -> dict:
 def write_samples(path, rows: list[dict], n: int = 12) -> None:
     """samples.md: the first responses, the reference's beside the policy's, with their rewards."""
     lines = ["| prompt | pi_ref | reward | policy | reward |", "| --- | --- | ---: | --- | ---: |"]
-    bare = str.maketrans({"|": r"\|", "\n": " "})  # a cell holds no bare bar and no line break
     for row in rows[:n]:
         cells = (row[x] for x in ("prompt", "ref_response", "ref_reward", "response", "reward"))
         texts = (f"{x:+.1f}" if isinstance(x, float) else text_of(x or "").strip() for x in cells)
-        lines.append(f"| {' | '.join(text.translate(bare) for text in texts)} |")
+        lines.append(f"| {' | '.join(text.translate(IN_CELL) for text in texts)} |")
     run.write_text(path, "\n".join(lines) + "\n")
 
 
@@ -373,8 +375,8 @@ def plot_goodhart(runs: dict[str, list[dict]], names: dict[str, str], path, best
         if best and axis is axes[0]:
             draw_frontier(axis, best)
         axis.axhline(0.5, color="gray", lw=0.8, ls=":")
-        axis.set_xscale("function", functions=(lambda x: abs(x) ** 0.5, lambda x: x**2))
-        axis.set(xmargin=0.15, xlim=(0, None))  # room for labels; KL 0, for which log has no place
+        axis.set_xscale(**ROOT_SCALE)
+        axis.set(xmargin=0.15, xlim=(0, None))  # room for labels
     figure.suptitle("a line a run, a dot a checkpoint, the arrow points to the last", fontsize=10)
     save(figure, path)
 

@@ -117,12 +117,11 @@ def conclude(options, name: str) -> None:
     for line in claims:  # at a fixed KL, a seed counts where both arms reach it
         n = len(line["values"])
         line["here"] += f" ({n} of {len(seeds)} seeds)" * (n < len(seeds))
-    chip = torch.cuda.get_device_name() if options.device.startswith("cuda") else f"{os.cpu_count()} CPU cores"
     report = {
         "study": name, "title": study.title, "command": f"python -m experiments {name}{options.flags}",
         "commit": run.commit(), "seeds": list(seeds),
         "settings": {key: getattr(options, key) for key in FULL},
-        "hardware": f"{chip}, torch {torch.__version__.partition('+')[0]}", "table": rows, "claims": claims, **found}
+        "hardware": stats.hardware(options.device), "table": rows, "claims": claims, **found}
     run.write_text(options.results / f"{name}.json", stats.as_json(report))
     print(f"{pages.as_text(report)}\n\n{options.results}/{name}.png, {options.results}/{name}.json")
 
@@ -167,7 +166,7 @@ def parse(argv):
     options.threads = max(1, cores // options.jobs)
     options.work = Path("runs") / ("study" + "-reviews" * film + "-quick" * options.quick + (
         "-" + re.sub(r"\W+", "-", given).strip("-") if given not in (None, "tiny") else ""))
-    standard = (tiny or film and given is None) and not options.quick and (
+    standard = (tiny or film and given is None) and not options.quick and (  # reviews has up to 5 seeds by itself
         options.seeds is None or options.seeds >= (6 if film else 10))
     options.results = Path("results") if standard else options.work / "results"  # a trial must not replace them
     return options, [options.name] if options.name != "all" else [name for name in STUDIES if tiny or name != "scale"]
@@ -181,6 +180,7 @@ def main(argv=None) -> None:
     if options.name == "pages":
         pages.write_pages(Path("results"), list(STUDIES))
         pages.write_readme(Path("."))
+        reviews.publish(Path("."))
         return
     if options.name == "reviews":
         options.steps, options.first_seed = 3 if options.quick else reviews.STEPS, FIRST_SEED

@@ -547,8 +547,8 @@ def table(report: dict) -> str:
         seconds, (low, middle, high) = row["seconds"], row["ratio"]["ours"]
         peer = next(PEERS[side] for side in PEERS if side in seconds)
         plain = f"{seconds['plain'] / seconds['ours']:.2f}" if "plain" in seconds else ""
-        low_for = 0 if "GPU" in report["hardware"] else GOALS.get(name, 0)  # goals are of a CPU
-        goal = f", under the goal of {low_for}" if middle < low_for else ""
+        aim = 0 if "GPU" in report["hardware"] else GOALS.get(name, 0)  # goals are of a CPU
+        goal = f", under the goal of {aim}" if middle < aim else ""
         lines.append(f"| {name} | {peer} | {seconds['ours']:.3g} | {middle:.2f} [{low:.2f}, {high:.2f}]{goal} "
                      f"| {plain} | {row['n']} |")
     return "\n".join(lines)

@@ -2,7 +2,7 @@
 
 import statistics
 
-from eval import COLORS, panels
+from eval import COLORS, ROOT_SCALE, panels
 from experiments.setting import Run
 from experiments.stats import WIN, Results, column, estimate
 
@@ -63,7 +63,7 @@ def along(axis, results: Results, run: Run, name: str, color: str, label: str = 
 
 def root_scale(axis) -> None:
     """A y axis from 0 on which one band that goes far up leaves the others room."""
-    axis.set_yscale("function", functions=(lambda y: abs(y) ** 0.5, lambda root: root**2))
+    axis.set_yscale(**ROOT_SCALE)
     axis.set_ylim(0)
 
 

@@ -5,7 +5,6 @@ from collections import Counter
 from pathlib import Path
 
 from eval import aligned
-from experiments import reviews
 from experiments.draw import write_labels
 from experiments.stats import Results
 from experiments.studies import STUDIES
@@ -36,12 +35,8 @@ def readme_table(reports: dict[str, dict]) -> str:
 
 
 def write_readme(root: Path) -> None:
-    """README's table, and the section of docs/real-models.md on film reviews, between their marks; and its picture."""
+    """Put that table between the marks in README.md."""
     between_marks(root / "README.md", readme_table(read_reports(root / "results")))
-    if (root / "results/reviews.json").exists():
-        report = read_json(root / "results/reviews.json")
-        between_marks(root / "docs/real-models.md", reviews.page(report))
-        reviews.save(report, root / "results")
 
 
 def between_marks(path: Path, made: str) -> None:
@@ -74,11 +69,16 @@ def write_pages(folder: Path, names) -> None:
 
 
 def draw(report: dict, path: Path) -> None:
-    """A study's picture, written beside and renamed."""
+    """A study's picture."""
     figure = STUDIES[report["study"]].draw(Results(report))
     figure.draw_without_rendering()  # settles the axes, on which the labels then find their places
     for axis in figure.axes:
         write_labels(axis)
+    save(figure, path)
+
+
+def save(figure, path: Path) -> None:
+    """A picture, complete or not at all."""
     with replacing(path) as beside:
         figure.savefig(beside, format="png", dpi=110, bbox_inches="tight")
 
@@ -101,15 +101,20 @@ def wrap(text: str) -> str:
 
 def section(report: dict) -> str:
     """A study's part of the page."""
-    columns, study = list(report["table"][0]), STUDIES[report["study"]]
+    rows, study = report["table"], STUDIES[report["study"]]
     return "\n".join([
         f"## {report['study']}", "", f"**{report['title']}** `{report['command']}`, seeds {report['seeds'][0]} to "
         f"{report['seeds'][-1]}; {report['core-minutes']:.0f} minutes of training on one core ({report['hardware']}).",
         "", f"![{report['title']}]({report['study']}.png)", "", wrap(study.caption), "",
         wrap(f"Declared: {study.conclude.__doc__}"), "",
-        "| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |",
-        *("| " + " | ".join(row.values()) + " |" for row in report["table"]), "",
+        markdown([list(rows[0]), *(list(row.values()) for row in rows)]), "",
         *(f"- {sentence(line, '**')}" for line in report["claims"])])
+
+
+def markdown(cells: list[list[str]]) -> str:
+    """A table; the first row is its head."""
+    head, *rows = ("| " + " | ".join(row) + " |" for row in cells)
+    return "\n".join([head, "| " + " | ".join("---" for _ in cells[0]) + " |", *rows])
 
 
 def as_text(report: dict) -> str:

@@ -23,6 +23,7 @@ Declared before the runs. The learning rate and KL_FIXED were chosen on seed 100
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import threading
@@ -30,13 +31,23 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 import data
 import run
-from eval import COLORS, Evaluator, aligned, panels, read_metrics, read_responses, read_summary, reload
-from experiments import stats
+from eval import (
+    COLORS,
+    IN_CELL,
+    ROOT_SCALE,
+    Evaluator,
+    aligned,
+    panels,
+    read_metrics,
+    read_responses,
+    read_summary,
+    reload,
+)
+from experiments import pages, stats
 from lm import text_of
 from run import UserError
 
@@ -118,7 +129,7 @@ def make_runs(options) -> None:
             raise UserError(f"{path} is not there; make it with: python recipes/{recipe} (recipes/README.md says what "
                             "to install)")
     runs = [(seed, arm) for arm in ARMS for seed in seeds_of(options, arm)]
-    runs.sort(key=lambda run: run[0])  # seed by seed, in the order of ARMS
+    runs.sort(key=lambda seed_and_arm: seed_and_arm[0])  # seed by seed, in the order of ARMS
     for seed, arm in runs:
         refuse_other_settings(options, seed, arm)
     processes: list[subprocess.Popen] = []
@@ -129,11 +140,11 @@ def make_runs(options) -> None:
         out, words = directory(options, seed, arm), command(options, seed, arm)
         if before and (why := before.result()):
             return f"{out} was not started, for {why}"
+        run.write_text(beside(out, "json"), json.dumps({"words": words}) + "\n")
         last = ["-m", "experiments.reviews", str(out), str(16 if options.quick else OPENINGS)]
         for one, done in ((words + ["--resume"], out / "summary.json"), (last, out / "again" / "metrics.jsonl")):
             if stop.is_set() or done.exists():
                 continue
-            run.write_text(beside(out, "json"), json.dumps({"words": words}) + "\n")
             with open(beside(out, "log"), "a", encoding="utf-8") as log:
                 process = subprocess.Popen([sys.executable, *one], stdout=log, stderr=log, env={
                     **os.environ, "OMP_NUM_THREADS": str(options.threads)})
@@ -184,13 +195,12 @@ def report_of(options) -> dict:
     runs = {arm: [directory(options, seed, arm) for seed in seeds_of(options, arm)] for arm in ARMS}
     evaluations = {arm: [*map(evaluations_of, folders)] for arm, folders in runs.items()}
     summaries = [read_summary(folder) for folders in runs.values() for folder in folders]
-    chip = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"
     report = {
         "command": f"python -m experiments reviews{options.flags}",
         "commit": ", ".join(sorted({summary["commit"] for summary in summaries})),
         "seeds": {arm: list(seeds_of(options, arm)) for arm in ARMS},
         "commands": {arm: " ".join(["python", *command(options, options.first_seed, arm)]) for arm in ARMS},
-        "hardware": f"{chip}, torch {torch.__version__.partition('+')[0]}",
+        "hardware": stats.hardware(options.device),
         "hours": sum(summary["seconds"] for summary in summaries) / 3600,
         "evaluations": evaluations, "openings": openings(options)}
     claims = []
@@ -244,38 +254,33 @@ def table(report: dict) -> list[list[str]]:
 
 def page(report: dict) -> str:
     """The section of docs/real-models.md that is made from the report."""
-    head, *rows = table(report)
     names = ["opening", "pi_ref", *ARMS]
-    bare = str.maketrans({"|": r"\|", "\n": " "})
+    answers = [[row[name].translate(IN_CELL).strip() or "…" for name in names] for row in report["openings"]]
     return "\n".join([
         f"Commit {report['commit']}, {report['hardware']}; {report['hours']:.1f} hours of training, evaluations at the "
         "end not counted.", "",
-        *(f"- {line['paper']} Here: {line['here']}: **{line['verdict']}**." for line in report["claims"]), "",
-        "Means over seeds with Student's 95 % interval:", "",
-        f"| {' | '.join(head)} |", f"| {' | '.join('---' for _ in head)} |",
-        *(f"| {' | '.join(row)} |" for row in rows), "",
+        *(f"- {pages.sentence(line, '**')}" for line in report["claims"]), "",
+        "Means over seeds with Student's 95 % interval:", "", pages.markdown(table(report)), "",
         "What the first seed's policies answer to the first five held-out openings:", "",
-        f"| {' | '.join(names)} |", f"| {' | '.join('---' for _ in names)} |",
-        *("| " + " | ".join(row[name].translate(bare).strip() or "…" for name in names) + " |"
-          for row in report["openings"])])
+        pages.markdown([names, *answers])])
 
 
 def draw(report: dict):
     """Two panels: win rate against KL, by each judge; a thin line a seed, a thick one their mean."""
     figure, axes = panels(["win rate against pi_ref, first judge", "second judge"],
                           "KL(policy || pi_ref), nats a sequence (square-root scale)", 6.0)
+    axes[1].sharey(axes[0])
     for axis, name in zip(axes, ("win_rate", SECOND)):
         for arm, by_seed in report["evaluations"].items():
             for lines in by_seed:
                 axis.plot(stats.column(lines, "reverse_kl"), stats.column(lines, name), color=COLOR[arm], lw=0.6,
                           alpha=0.4)
-            x, y = ([sum(stats.column(list(lines), key)) / len(lines) for lines in zip(*by_seed)]
+            x, y = ([statistics.fmean(stats.column(list(lines), key)) for lines in zip(*by_seed)]
                     for key in ("reverse_kl", name))
             axis.plot(x, y, color=COLOR[arm], lw=2, marker="o", markersize=3, label=arm)
         axis.axhline(0.5, color="gray", lw=0.8, ls=":")
-        axis.set_xscale("function", functions=(lambda x: abs(x) ** 0.5, lambda x: x**2))
+        axis.set_xscale(**ROOT_SCALE)
         axis.set_xlim(0)
-    axes[0].sharey(axes[1])
     axes[1].legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.02, 1))
     return figure
 
@@ -285,16 +290,18 @@ def main(options) -> None:
     make_runs(options)
     report = report_of(options)
     run.write_text(options.results / "reviews.json", stats.as_json(report))
-    save(report, options.results)
-    print(aligned(table(report)), "", *(f"- {line['paper']} Here: {line['here']}: {line['verdict']}."
-                                        for line in report["claims"]), sep="\n")
+    pages.save(draw(report), options.results / "reviews.png")
+    print(aligned(table(report)), "", *(f"- {pages.sentence(line)}" for line in report["claims"]), sep="\n")
     print(f"\n{options.results}/reviews.png, {options.results}/reviews.json")
 
 
-def save(report: dict, folder: Path) -> None:
-    """The picture."""
-    with run.replacing(folder / "reviews.png") as file:
-        draw(report).savefig(file, format="png", dpi=110, bbox_inches="tight")
+def publish(root: Path) -> None:
+    """The section of docs/real-models.md between its marks, and the picture, if there is a report."""
+    path = root / "results" / "reviews.json"
+    if path.exists():
+        report = run.read_json(path)
+        pages.between_marks(root / "docs" / "real-models.md", page(report))
+        pages.save(draw(report), path.with_suffix(".png"))
 
 
 def measure(directory: str, openings: int) -> None:

@@ -3,8 +3,11 @@
 import functools
 import json
 import math
+import os
 import statistics
 from collections.abc import Sequence
+
+import torch
 
 from eval import read_metrics, read_summary
 from experiments.setting import Run
@@ -196,6 +199,12 @@ def seeds_needed(values: list[float]) -> str:
         return ""
     n = (2.8 * statistics.stdev(values) / statistics.fmean(values)) ** 2 + 2  # 2 for Student's wider tails
     return f": {math.ceil(n)} seeds would tell" if n < 200 else ": more than 200 seeds would tell"
+
+
+def hardware(device: str) -> str:
+    """What a study ran on."""
+    chip = torch.cuda.get_device_name() if device.startswith("cuda") else f"{os.cpu_count()} CPU cores"
+    return f"{chip}, torch {torch.__version__.partition('+')[0]}"
 
 
 def as_json(report: dict) -> str:

@@ -4,14 +4,13 @@ A stand-in's log-prob of a response is the sum of its tokens' scores: -token for
 the tests look at is the gradient by these scores that is there when the optimizer takes its step.
 """
 
-from collections import Counter
 from functools import partial
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import pytest
 import torch
 from check import expect as expect_
+from standins import EOS, policy_like, watch
 
 import hypo
 import run
@@ -19,67 +18,18 @@ from lm import LM, Encoded
 
 pytestmark = pytest.mark.exercise(n=19)
 expect = partial(expect_, 19)
+Policy = policy_like(LM)
 
-EOS = 0
 # of the policy log pi is -3, -4 and -5, -12; the log-ratios are -1.5, -2 and -2.5, -6
 PAIRS = [Encoded([1], [3, EOS], [4, EOS], -1.5, -2.0), Encoded([2], [5, EOS], [6, 6, EOS], -2.5, -6.0),
          Encoded([11], [11, EOS], [11, EOS], -99.0, 99.0)]  # the last is in no minibatch
-SAMPLES = {1: [7, 8, 11], 2: [9, 10, 11], 11: [11, 11, 11]}  # first token of the first, second, ... sample to a prompt
+# the first, second and third sample to a prompt
+SAMPLES = {prompt: [[first, EOS] for first in firsts] for prompt, firsts in (
+    (1, [7, 8, 11]), (2, [9, 10, 11]), (11, [11, 11, 11]))}
 # the gradient by the scores of tokens 0 to 11. Of the pairs: the chosen 3 and 5, the rejected 4 and 6, and the EOS;
 OF_PAIRS = [-8, 0, 0, -1.5, -1, -2.5, -6, 0, 0, 0, 0, 0]
 # of two samples a prompt: the log-ratios of the first ones are -3.5 and -4.5, the second samples count twice
 OF_SAMPLES = [-12, 0, 0, 0, 0, 0, 0, -1.75, -3.5, -2.25, -4.5, 0]
-
-
-class Model(LM):
-    """A policy with one number a token; it also notes who has sampled what."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, name, scale, trained, sampled):
-        torch.nn.Module.__init__(self)
-        self.score = torch.nn.Parameter(-scale * torch.arange(12.0), requires_grad=trained)
-        self.name, self.sampled, self.asked = name, sampled, Counter()
-
-    def token_logps(self, prompts, responses):
-        T = max(map(len, responses))
-        mask = torch.tensor([[t < len(row) for t in range(T)] for row in responses])
-        return self.score[torch.tensor([[*row, *[0] * (T - len(row))] for row in responses])] * mask, mask
-
-    def logps(self, prompts, responses):
-        return torch.stack([self.score[response].sum() for response in responses])
-
-    def sample(self, prompts, max_new_tokens, generator, temperature=1.0, batch_size=256):
-        self.sampled.append(Sampled(self.name, [list(prompt) for prompt in prompts], max_new_tokens, temperature,
-                                    generator.initial_seed()))
-        responses = []
-        for last, in prompts:
-            responses.append([SAMPLES[last][self.asked[last]], EOS])
-            self.asked[last] += 1
-        return responses
-
-
-class Sampled(NamedTuple):
-    """One call of `sample`."""
-    who: str
-    prompts: list
-    limit: int
-    temperature: float
-    seed: int
-
-
-class Update(NamedTuple):
-    """One step of the optimizer."""
-    gradient: list  # by the policy's scores, as it was when the step was taken
-    moved: list  # how far the scores have gone
-    held: list  # whose weights the optimizer holds
-
-
-class Step(run.Step):
-    """A step whose minibatch is the first two rows."""
-
-    def minibatch(self, rows):
-        return rows[:2]
 
 
 def dpo_loss(chosen_logratio, rejected_logratio, beta):
@@ -94,28 +44,16 @@ def kl_loss(logps, logratios):
 
 def train(monkeypatch, lam=1.0, k=2, steps=1, lr=0.0, max_grad_norm=1000.0):
     """([Sampled], [Update]) of hypo.train with beta = 0.5."""
-    sampled, updates = [], []
-    policy, ref = Model("policy", 1.0, True, sampled), Model("ref", 0.5, False, sampled)
+    sampled = []
+    policy = Policy("policy", [-float(token) for token in range(12)], SAMPLES, sampled)
+    ref = Policy("ref", [-token / 2 for token in range(12)], SAMPLES, sampled, trained=False)
 
-    def loop(args, trained, optimizer, evaluate):
-        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        names = [model.name for model in (policy, ref) if any(parameter is model.score for parameter in held)]
+    def begin():
+        """Samples are numbered from 1 again."""
+        policy.asked.clear()
+        ref.asked.clear()
 
-        def before(*_):
-            gradient = torch.zeros(12) if policy.score.grad is None else policy.score.grad
-            updates.append(Update(gradient.tolist(), policy.score.tolist(), names))
-
-        def after(*_):
-            updates[-1] = updates[-1]._replace(moved=(policy.score - torch.tensor(updates[-1].moved)).tolist())
-
-        optimizer.register_step_pre_hook(before)
-        optimizer.register_step_post_hook(after)
-        for number in range(1, args.steps + 1):
-            policy.asked.clear()  # samples are numbered from 1 again
-            ref.asked.clear()
-            yield Step(number, args)
-
-    monkeypatch.setattr(run, "loop", loop)
+    updates = watch(monkeypatch, run, begin, policy=policy.score, ref=ref.score)
     monkeypatch.setattr(hypo, "dpo_loss", dpo_loss)
     monkeypatch.setattr(hypo, "kl_loss", kl_loss)
     args = SimpleNamespace(beta=0.5, lam=lam, k=k, steps=steps, lr=lr, batch_size=2, max_new_tokens=5, seed=0,
@@ -126,21 +64,21 @@ def train(monkeypatch, lam=1.0, k=2, steps=1, lr=0.0, max_grad_norm=1000.0):
 
 def test_with_lam_0_the_update_is_that_of_the_pairs(monkeypatch):
     def gradient_by_the_scores_of_tokens(lam):
-        return train(monkeypatch, lam)[1][0].gradient
+        return train(monkeypatch, lam)[1][0].gradient["policy"]
     expect(OF_PAIRS, gradient_by_the_scores_of_tokens, 0.0,
            because="mean of l_dpo, on the log-ratios of tokens 3 to 6 with their EOS")
 
 
 def test_the_gradient_of_a_step(monkeypatch):
     def gradient_by_the_scores_of_tokens(lam, k):
-        return train(monkeypatch, lam, k)[1][0].gradient
+        return train(monkeypatch, lam, k)[1][0].gradient["policy"]
     expect([a + 0.25 * b for a, b in zip(OF_PAIRS, OF_SAMPLES)], gradient_by_the_scores_of_tokens, 0.25, 2,
            because="mean of l_dpo + lam times mean of l_kl, on the samples' tokens 7 to 10 with their EOS")
 
 
 def test_one_sample_a_prompt(monkeypatch):
     def gradient_by_the_scores_of_tokens(lam, k):
-        return train(monkeypatch, lam, k)[1][0].gradient
+        return train(monkeypatch, lam, k)[1][0].gradient["policy"]
     of_samples = [-4, 0, 0, 0, 0, 0, 0, -1.75, 0, -2.25, 0, 0]
     expect([a + 0.25 * b for a, b in zip(OF_PAIRS, of_samples)], gradient_by_the_scores_of_tokens, 0.25, 1,
            because="kl_loss gets two prompts with one sample each: (2, 1), not (1, 2)")
@@ -161,27 +99,27 @@ def test_samples_are_the_policys_own_up_to_the_limit(monkeypatch):
 
 def test_the_gradient_is_clipped_before_the_step(monkeypatch):
     def norm_of_the_gradient(lam, max_grad_norm):
-        return torch.tensor(train(monkeypatch, lam, max_grad_norm=max_grad_norm)[1][0].gradient).norm()
+        return torch.tensor(train(monkeypatch, lam, max_grad_norm=max_grad_norm)[1][0].gradient["policy"]).norm()
     expect(0.5, norm_of_the_gradient, 0.0, 0.5, within=1e-5, because="its own norm is 10.5")
 
 
 def test_a_step_does_not_add_to_the_gradient_of_the_one_before(monkeypatch):
     def gradients_of_three_steps(lam, lr, steps):
-        return [update.gradient for update in train(monkeypatch, lam, steps=steps, lr=lr)[1]]
+        return [update.gradient["policy"] for update in train(monkeypatch, lam, steps=steps, lr=lr)[1]]
     expect([OF_PAIRS] * 3, gradients_of_three_steps, 0.0, 0.0, 3,
            because="with a learning rate of 0 nothing moves, so all three are the same")
 
 
 def test_the_policy_goes_down_by_the_learning_rate(monkeypatch):
     def change_of_the_scores(lam, lr):
-        return train(monkeypatch, lam, lr=lr)[1][0].moved
+        return train(monkeypatch, lam, lr=lr)[1][0].moved["policy"]
     expect([0.01, 0, 0, 0.01, 0.01, 0.01, 0.01, 0, 0, 0, 0, 0], change_of_the_scores, 0.0, 0.01, within=1e-5,
            because="AdamW's first step: lr against the gradient's sign, and without weight decay none elsewhere")
 
 
 def test_the_optimizer_moves_the_policy_alone(monkeypatch):
     def whose_weights_the_optimizer_holds(steps):
-        return train(monkeypatch, steps=steps)[1][0].held
+        return [*train(monkeypatch, steps=steps)[1][0].rate]
     expect(["policy"], whose_weights_the_optimizer_holds, 1)
 
 
