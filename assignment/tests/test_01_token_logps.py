@@ -94,10 +94,10 @@ def test_logits_stand_at_the_token_that_they_predict():
            because="two positions: after the prompt's last token 1, and after the response's first token 2")
 
 
-def test_logits_are_float32_when_the_model_computes_in_bfloat16():
-    def dtype_of_logits(prompts, responses):
-        return str(policy(Table(torch.bfloat16)).response_logits(prompts, responses)[0].dtype)
-    expect("torch.float32", dtype_of_logits, [[1]], [[2, EOS]], because="a log-softmax in bfloat16 has two digits")
+def test_logits_are_float32_or_wider_when_the_model_computes_in_bfloat16():
+    def bits_of_logits_up_to_32(prompts, responses):
+        return min(32, torch.finfo(policy(Table(torch.bfloat16)).response_logits(prompts, responses)[0].dtype).bits)
+    expect(32, bits_of_logits_up_to_32, [[1]], [[2, EOS]], because="a log-softmax in bfloat16 has two digits")
 
 
 def test_every_token_trains_the_model_the_eos_too():
