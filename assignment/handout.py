@@ -3,16 +3,16 @@
     python assignment/handout.py DIR
 
 The copy is made from the sources as they are, so it cannot fall behind them: the syntax tree says which lines
-are a function's body, and only those lines are replaced. What gives answers away stays out: the project's
-own tests (they state the formulas again), README.md, results/ and the studies (they answer the written
-questions), the teacher's notes, the planted mistakes, and the part of fast.py that computes what students write
-in lm.py. The exercises' own tests hold numbers and stubs, no solutions.
+are a function's body, and only those lines are replaced. What gives answers away stays out: KEPT_OUT, and the
+part of fast.py that computes what students write in lm.py. The exercises' own tests hold numbers and stubs, no
+solutions.
 """
 
 import argparse
 import ast
 import shutil
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 from exercises import EXERCISES, HERE, PROJECT, Exercise
@@ -22,6 +22,16 @@ COPIED = ["LICENSE", "pyproject.toml", "requirements.txt", "docs/glossary.md", "
           "experiments/coverage_pictures.py", "experiments/coverage_of_run.py", "assignment/README.md",
           "assignment/notes.md", "assignment/exercises.py", "assignment/check.py", "assignment/standins.py",
           "assignment/grade.py", "assignment/child.py"]
+
+# what must never be among them, whatever is added above: pattern -> what it gives away
+KEPT_OUT = {
+    "assignment/teachers.md": "the written answers", "assignment/mutants.py": "lines of the solution",
+    "assignment/handout.py": "what is kept back", "README.md": "figures that answer written questions",
+    "CONTRIBUTING.md": "the tests of the solution", "tests/*": "the formulas", "docs/theory.md": "the derivations",
+    "docs/details.md": "figures and derivations", "docs/slides.md": "the lines of the solution",
+    "results/*": "figures that answer written questions", "experiments/__main__.py": "the studies",
+    "experiments/stud*": "the studies", "recipes/*": "figures of runs", "runs/*": "figures of runs",
+    "*.json*": "figures of runs", "*.png": "figures of runs", "*.ipynb": "code that may hold a solution"}
 
 # fast.py knows no model there, so that every run takes the student's forms
 HIDDEN = 'raise NotImplementedError("kept back")'
@@ -74,7 +84,10 @@ def wanted_of(module: str) -> dict[str, str]:
 
 
 def hand_out(directory: Path) -> None:
-    """Write the student's copy; ValueError if the directory holds anything already."""
+    """Write the student's copy; ValueError if the directory holds anything already, or would hold an answer."""
+    kept = [name for name in COPIED if any(fnmatch(name, pattern) for pattern in KEPT_OUT)]
+    if kept:
+        raise ValueError(f"COPIED has {', '.join(kept)}, which KEPT_OUT keeps out of every handout")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"{directory} exists and is not empty; name a new directory")
     (directory / "assignment" / "tests").mkdir(parents=True)
