@@ -5,14 +5,16 @@ through one socket, as JSON lines that carry the grader's nonce; what the studen
 (grade.py) never imports the student's code, and believes nothing but those lines.
 
 All files that these processes use of the grader's are copies that were written before, or for, them alone: the
-server has read its own before the first child starts, and each child has a sandbox with the modules and the tests.
+server has read its own, the tests too, before the first child starts, and each child has a sandbox with the modules.
 """
 
+import builtins
 import contextlib
 import ctypes
 import gc
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -23,6 +25,8 @@ import subprocess
 import sys
 import time
 import traceback
+import types
+from operator import is_
 from pathlib import Path
 
 import pluggy
@@ -33,6 +37,12 @@ PRELOADED = ["check", "standins", "pytest", "torch", "transformers.models.auto.m
 START_UP = 300  # seconds that their import may take
 LONGEST = 2000  # characters of a text that comes from a child
 LINUX = sys.platform == "linux"
+# read before any submission runs
+TESTS = {path.name: path.read_bytes() for path in Path(__file__).with_name("tests").glob("*.py")}
+BUILTINS = {**builtins.__dict__}
+# the canary: if it passes, or does not run, the student's code has switched tests off
+CANARY = "canary.py"
+TESTS[CANARY] = b"import check\n\ndef test_this_must_fail():\n    check.expect(1, 2.0, lambda: 1.0)\n"
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -241,6 +251,9 @@ class Reporter:
     def __init__(self, say):
         self.say = say
 
+    def pytest_configure(self, config):
+        config.addinivalue_line("markers", "exercise(n): a test of exercise n")
+
     def pytest_runtest_logstart(self, nodeid, location):
         self.say(running=nodeid.split("::")[-1])
 
@@ -265,15 +278,33 @@ def failure(excinfo) -> dict:
     return error.parts if isinstance(error, check.Mismatch) else {"got": check.describe(error)}
 
 
-def import_all(modules: list[str]) -> str | None:
-    """What is wrong with the first of the student's files that cannot be imported."""
+def import_all(modules: list[str], tests: list[str]) -> str | None:
+    """What is wrong with the first of the student's files, or of the tests on them, that cannot be imported."""
     import check
-    for name in modules:
+    for name in [*modules, *(test.removesuffix(".py") for test in tests)]:
         try:
-            importlib.import_module(name)
+            if f"{name}.py" in TESTS:  # not from the sandbox, where the student's code may have written
+                module = types.ModuleType(name)
+                module.__file__ = os.path.abspath(f"{name}.py")
+                exec(compile(TESTS[f"{name}.py"], module.__file__, "exec"), vars(module))
+                sys.modules[name] = module  # pytest finds it there
+            else:
+                importlib.import_module(name)
         except BaseException as error:  # SystemExit, too
             return f"{name}.py cannot be imported: {check.describe(error)}"
     return None
+
+
+def made_of(*places) -> list:
+    """The objects that modules and classes consist of, and their code."""
+    # pytest notes with a bool that it has warned of a class
+    values = [value for place in places for value in vars(place).values() if not isinstance(value, bool)]
+    return values + [getattr(value, "__code__", None) for value in values] + [sys.gettrace(), sys.getprofile()]
+
+
+def same(before: list, now: list) -> bool:
+    """One by one the same objects, whatever they say of themselves."""
+    return len(before) == len(now) and all(map(is_, before, now))
 
 
 def settle_in(sandbox: str, kept: int, memory: float) -> None:
@@ -303,6 +334,8 @@ def run(channel: socket.socket, nonce: str, sandbox: str, modules: list[str], te
     """The whole life of a child: import the student's modules, run the tests, report."""
     import check
     import pytest
+    import standins
+    from _pytest import python, runner
 
     def say(**what):
         channel.sendall(json.dumps({"nonce": nonce, **what}).encode() + b"\n")
@@ -323,12 +356,22 @@ def run(channel: socket.socket, nonce: str, sandbox: str, modules: list[str], te
     settle_in(sandbox, channel.fileno(), memory)
     say(started=True)
     try:
-        problem = import_all(modules)
+        places = [math, check, standins, python, python.Function, runner, Reporter]
+        before, problem = made_of(*places), import_all(modules, tests)
         if problem:
             say(problem=problem)
         else:
-            pytest.main(["-c", "pytest.ini", "--noconftest", "--strict-markers", "-qq", "--assert=plain",
+            for name in "PYTEST_ADDOPTS", "PYTEST_PLUGINS":
+                os.environ.pop(name, None)
+            loaded = [sys.modules[test.removesuffix(".py")] for test in tests]
+            tests_before = made_of(*loaded)
+            pytest.main(["-c", os.devnull, "--rootdir=.", "--noconftest", "--strict-markers", "-qq", "--assert=plain",
                          "--capture=no", "-p", "no:cacheprovider", *tests], plugins=[Reporter(say)])
+            names = {**builtins.__dict__}
+            builtins.__dict__.update(BUILTINS)  # the next line needs them
+            if not (same([*BUILTINS.values()], [*names.values()]) and same(before, made_of(*places))
+                    and same(tests_before, made_of(*loaded))):
+                say(problem="the submission changes tests, or what they compare with, in memory")
         say(finished=True)
     except MemoryError as error:
         describe_or_leave(error)

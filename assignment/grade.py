@@ -2,15 +2,21 @@
 
     python assignment/grade.py DIR                      # all exercises
     python assignment/grade.py DIR --only 3 5           # some of them
+    python assignment/grade.py DIR --hints 2            # with a second hint, which is nearly the code; 0: none
     python assignment/grade.py DIR --json report.json   # the same as JSON
+    python assignment/grade.py DIR --gradescope results.json
+    python assignment/grade.py DIR --strict --summary summary.md    # for GitHub Classroom
 
 From DIR come the files that hold exercises, and nothing else: tests, settings and all other modules are the grader's
 own, read once, before any code of DIR runs. Each exercise runs in a process of its own with limits of time and memory,
-and gives its points if all of its tests pass, none otherwise. Results count only if they come from the grader's
-pytest plugin, through a socket and signed, one for each test of the grader's own file, and if one more test, which
-must fail, has failed. So edited tests, an early exit, printed results and a pytest that has been switched off earn
-nothing. With its process ends all that an exercise has started. If the grader's own files are changed meanwhile, there
-are no points; they are put back, and what was written stays beside them as *.changed.
+and its tests share its points alike: 5 of 6 tests give five sixths of them, to the nearest tenth. Results count only if
+they come from the grader's pytest plugin, through a socket and signed, one for each test of the grader's own file, and
+if one more test, which must fail, has failed. So edited tests, an early exit, an endless loop, printed results, a
+comparison that has been replaced and a pytest that has been switched off earn nothing in that exercise. With its
+process ends all that an exercise has started. If the grader's own files are changed meanwhile, there are no points;
+they are put back, and what was written stays beside them as *.changed.
+
+Exits with 0, or with --strict with 1 if points are missing. An error is 1 as well, with a sentence.
 
 Only Linux limits the memory (of each process) and ends a process that has left its group; Windows has no such groups.
 
@@ -22,11 +28,14 @@ not trust, do it in a container without network that holds nothing else, and rea
 import argparse
 import ast
 import contextlib
+import importlib.machinery
 import io
 import json
 import math
 import multiprocessing.connection
 import os
+import re
+import secrets
 import signal
 import sys
 import tempfile
@@ -34,6 +43,10 @@ import textwrap
 import time
 from pathlib import Path
 
+if __name__ == "__main__":  # a submission may have left bytecode where Python would find it
+    sys.pycache_prefix = os.devnull
+
+import child
 from child import Child, NoServer, Server, adopt, below, end_below, visible
 from exercises import EXERCISES, PROJECT, Exercise
 
@@ -41,28 +54,33 @@ SHOWN = 3  # failures of an exercise that are printed
 GRADED = sorted({f"{module}.py" for exercise in EXERCISES for module in exercise.modules})
 CORES = os.cpu_count() or 1
 MEMORY = 4.0  # GB; a solution needs less than a tenth of one
-CANARY = "canary.py::test_this_must_fail"  # if it passes, or does not run, the student's code has switched tests off
-SETTINGS = {"pytest.ini": b"[pytest]\nmarkers = exercise(n): a test of exercise n\n",  # nobody else's
-            "canary.py": b"import check\n\ndef test_this_must_fail():\n    check.expect(1, 2.0, lambda: 1.0)\n"}
+LARGEST = 10**6  # bytes of a student's file
+CANARY = f"{child.CANARY}::test_this_must_fail"
 
 
 # ---------------------------------------------------------------------------------------------------
 # files: all are in memory before the first child starts
 
 def submission(directory: Path) -> dict[str, bytes]:
-    """The student's files that hold exercises; ValueError if one is not there."""
+    """The student's files that hold exercises; ValueError if one is not there, or is a link to somewhere else."""
     for name in GRADED:
-        if not (directory / name).is_file():
+        path = directory / name
+        if not path.is_file():
             raise ValueError(f"{directory} has no {name}; name the directory of the assignment, which holds it")
+        if path.resolve().parent != directory.resolve():  # to the solution, say
+            raise ValueError(f"{path} is a link that leads out of its directory; put the file itself there")
+        if path.stat().st_size > LARGEST:
+            raise ValueError(f"{path} has more than {LARGEST:,} bytes; it holds code and nothing else")
     return {name: (directory / name).read_bytes() for name in GRADED}
 
 
 def grader_files() -> dict[str, bytes]:
-    """The grader's own: programs, tests, and the modules that hold no exercise."""
+    """The grader's own: programs, tests, modules that hold no exercise, and what could stand in for an import."""
     files = {}
-    for path in [path for kind in ("", "assignment/", "assignment/tests/") for path in PROJECT.glob(f"{kind}*.py")]:
+    for path in [*PROJECT.glob("*.py"), *PROJECT.glob("assignment/**/*.*")]:
         with contextlib.suppress(OSError):  # what cannot be read is not there
-            if path.is_file() and path.name not in GRADED:
+            if path.is_file() and path.name not in GRADED and path.parent.name != "__pycache__" and (
+                    path.name.endswith(tuple(importlib.machinery.all_suffixes()))):
                 files[path.relative_to(PROJECT).as_posix()] = path.read_bytes()
     return files
 
@@ -100,8 +118,8 @@ def start(server: Server | NoServer, files: dict[str, bytes], sandbox: Path, giv
     """A child process that runs the tests of some exercises on what a student gave."""
     tests = tests_of(exercises, files)
     modules = {name: content for name, content in files.items() if "/" not in name}
-    write(modules | given | tests | SETTINGS, sandbox)
-    return Child(server, sandbox=str(sandbox), tests=[*tests, CANARY], memory=memory,
+    write(modules | given | tests | {child.CANARY: child.TESTS[child.CANARY]}, sandbox)
+    return Child(server, sandbox=str(sandbox), tests=[*tests, child.CANARY], memory=memory,
                  modules=sorted({module for exercise in exercises for module in exercise.modules}))
 
 
@@ -114,7 +132,7 @@ def run_all(tasks: list[tuple[dict[str, bytes], list[Exercise]]], limit: float, 
     files, others = grader_files(), set(below(os.getpid()))
     waiting, running, done = list(range(len(tasks))), {}, {}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary, contextlib.ExitStack() as at_the_end:
-        write({name: content for name, content in files.items() if name.count("/") == 1}, Path(temporary))
+        write({name: content for name, content in files.items() if "/" in name}, Path(temporary))
         at_the_end.callback(adopt, False)
         at_the_end.callback(end_below, others)
         adopt(True)
@@ -148,72 +166,128 @@ def run_all(tasks: list[tuple[dict[str, bytes], list[Exercise]]], limit: float, 
 # ---------------------------------------------------------------------------------------------------
 # verdicts
 
-def verdict(exercise: Exercise, outcome: dict) -> dict:
-    """One exercise of the report: points if the plugin reported every test as passed, and the canary as failed."""
+def verdict(exercise: Exercise, outcome: dict, hints: int = 1) -> dict:
+    """One exercise of the report: what its tests share of its points, if the plugin reported the canary as failed.
+
+    Points are rounded to a tenth; all tests give all points.
+    """
     results = {message["test"]: message for message in outcome["said"] if "test" in message}
     wanted = [f"{name}::{node.name}" for name, source in outcome["tests"].items()
               if name.startswith(f"test_{exercise.number:02}_") for node in ast.parse(source).body
               if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
     failures = [results[name] for name in wanted if name in results and not results[name].get("passed")]
+    passed = [name for name in wanted if name in results and results[name].get("passed")]
     unwritten = [name for name in exercise.functions if any(name == row.get("not_written") for row in failures)]
-    absent = [name for name in wanted if name not in results]
     problem = next((message["problem"] for message in outcome["said"] if "problem" in message), None)
-    if problem is None and (absent or CANARY not in results):
+    if problem is None and (len(passed) + len(failures) < len(wanted) or CANARY not in results):
         begun = [message["running"] for message in outcome["said"] if "running" in message]
         problem = f"{outcome['end']}, {f'in {begun[-1]}' if begun else 'before the first test'}"
     elif problem is None and results[CANARY].get("passed"):
         problem = "a test that must fail has passed: something in the submission changes how tests are run"
-    passed = len(wanted) - len(failures) - len(absent)
-    note = f"{passed} of {len(wanted)} tests pass"
+    note = f"{len(passed)} of {len(wanted)} tests pass"
     if unwritten == list(exercise.functions) and not passed:
         note = "not written yet"
     elif unwritten:
-        note += f"; {' and '.join(unwritten)} {'is' if len(unwritten) == 1 else 'are'} not written"
+        note += f"; {' and '.join(unwritten)} {'is' if len(unwritten) == 1 else 'are'} not written yet"
     failures = [failure for failure in failures if failure.get("not_written") not in unwritten]
-    points = exercise.points if problem is None and 0 < passed == len(wanted) else 0
+    points = 0 if problem else round(exercise.points * len(passed) / max(len(wanted), 1), 1)
     failures = [{key: failure.get(key) for key in ("test", "input", "expected", "got")} for failure in failures]
-    return dict(number=exercise.number, name=exercise.name, points=points, of=exercise.points, tests=len(wanted),
-                note=note, problem=problem, equation=exercise.equation, hint=exercise.hint, failures=failures)
+    return dict(number=exercise.number, name=exercise.name, points=points, of=exercise.points, tests=wanted,
+                passed=passed, note=note, problem=problem, equation=exercise.equation, failures=failures,
+                hints=list(exercise.hints[:hints]))
 
 
-def report_on(directory: Path, exercises: list[Exercise], outcomes: list[dict]) -> dict:
-    rows = [verdict(exercise, outcome) for exercise, outcome in zip(exercises, outcomes)]
-    return dict(directory=visible(directory), points=sum(row["points"] for row in rows),
+def report_on(directory: Path, exercises: list[Exercise], outcomes: list[dict], hints: int = 1) -> dict:
+    rows = [verdict(exercise, outcome, hints) for exercise, outcome in zip(exercises, outcomes)]
+    return dict(directory=visible(directory), points=round(sum(row["points"] for row in rows), 1),
                 of=sum(row["of"] for row in rows), exercises=rows)
 
 
 # ---------------------------------------------------------------------------------------------------
 # the command
 
+def paragraph(name: str, text: str) -> str:
+    return textwrap.fill(f"    {name:9} {text}", 110, subsequent_indent=" " * 14)
+
+
+def general(row: dict) -> list[str]:
+    """What is said once of an exercise whose tests fail."""
+    return [paragraph("equation", row["equation"]), *(paragraph("hint", hint) for hint in row["hints"])]
+
+
+def details(failure: dict) -> list[str]:
+    return [f"    {key:9} {failure[key]}" for key in ("input", "expected", "got") if failure[key]]
+
+
+def table_of(report: dict) -> str:
+    lines = [f"{row['number']:3}  {row['name']:34}{row['points']:6g} /{row['of']:3}   {remark(row)}".rstrip()
+             for row in report["exercises"]]
+    return "\n".join([*lines, f"     {'total':34}{report['points']:6g} /{report['of']:3}"])
+
+
+def remark(row: dict) -> str:
+    return "" if row["points"] == row["of"] else row["note"]
+
+
 def text_of(report: dict) -> str:
     """The report as text: the first failures of each exercise, the table last."""
-    lines, table = [], []
+    lines = []
     for row in report["exercises"]:
-        note = "" if row["points"] else row["note"]
-        table.append(f"{row['number']:3}  {row['name']:34}{row['points']:4} /{row['of']:3}   {note}".rstrip())
-        if row["failures"] or row["problem"]:
+        some = 0 < len(row["passed"]) < len(row["tests"])
+        if row["failures"] or row["problem"] or some:
             lines.append(f"Exercise {row['number']}: {row['name']}")
             if row["problem"]:
                 lines.append(f"  {row['problem']}")
-            else:
-                lines += [textwrap.fill(f"    {key:9} {row[key]}", 110, subsequent_indent=" " * 14)
-                          for key in ("equation", "hint")]
+            elif row["failures"]:
+                lines += general(row)
+            if some and not row["problem"]:
+                lines.append(paragraph("passing", ", ".join(name.split("::")[1] for name in row["passed"])))
             for failure in row["failures"][:SHOWN]:
-                lines.append(f"  {failure['test']}")
-                lines += [f"    {key:9} {failure[key]}" for key in ("input", "expected", "got") if failure[key]]
+                lines += [f"  {failure['test']}", *details(failure)]
             if len(row["failures"]) > SHOWN:
                 lines.append(f"  and {len(row['failures']) - SHOWN} more; --json FILE has them all")
             lines.append("")
-    return "\n".join([*lines, *table, f"     {'total':34}{report['points']:4} /{report['of']:3}"])
+    return "\n".join([*lines, table_of(report)])
 
 
-def write_json(path: Path, report: dict | None) -> None:
-    """Written beside and renamed; None: only tried. OSError if it cannot be."""
+def json_of(report: dict) -> str:
+    return json.dumps(report, indent=1) + "\n"
+
+
+def gradescope_of(report: dict) -> str:
+    """Gradescope's results.json: a test each, and their sum as rounded here."""
+    tests = []
+    for row in report["exercises"]:
+        failures = {failure["test"]: failure for failure in row["failures"]}
+        value = round(row["of"] / len(row["tests"]), 3)
+        for place, name in enumerate(row["tests"], 1):
+            right = name in row["passed"] and not row["problem"]
+            why = [row["problem"] or row["note"]]
+            if name in failures and not row["problem"]:
+                why = [*general(row), *details(failures[name])]
+            tests.append(dict(name=f"{row['name']}: {name.split('::')[1]}", number=f"{row['number']}.{place}",
+                              score=value if right else 0, max_score=value, status="passed" if right else "failed",
+                              output="" if right else "\n".join(why), visibility="visible"))
+    return json.dumps(dict(score=report["points"], output=table_of(report), visibility="visible", tests=tests))
+
+
+def summary_of(report: dict) -> str:
+    """A table in Markdown; what comes from a submission is plain text in it."""
+    rows = [(f"{row['number']}", row["name"], f"{row['points']:g} / {row['of']}", row["problem"] or remark(row))
+            for row in report["exercises"]]
+    rows.append(("", "total", f"{report['points']:g} / {report['of']}", ""))
+    lines = [" | ".join(re.sub(r"([\\`*_{}\[\]<>()#!|~&@:.])", r"\\\1", cell) for cell in row) for row in rows]
+    return "\n".join(["", "| | exercise | points | |", "| ---: | --- | ---: | --- |",
+                      *(f"| {line} |" for line in lines), ""])
+
+
+def write_whole(path: Path, text: str | None) -> None:
+    """Written beside, under a name that no submission knows, and renamed; None: only tried. OSError if it cannot be."""
     if path.exists() and not path.is_file():
         raise OSError(0, "it is there and no file")
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    if report is None:
+    beside = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+    beside.write_text(text or "", encoding="utf-8")
+    if text is None:
         beside.unlink()
     else:
         os.replace(beside, path)
@@ -238,7 +312,11 @@ def main(argv=None):
     add = parser.add_argument
     add("directory", metavar="DIR", type=Path, help="a student's copy of the project")
     add("--only", type=int, nargs="+", metavar="N", help="grade these exercises (default: all)")
+    add("--hints", type=int, choices=(0, 1, 2), default=1, help="how many an exercise that fails gets (default 1)")
     add("--json", type=Path, metavar="FILE", help="also write the report here")
+    add("--gradescope", type=Path, metavar="FILE", help="also write the results here, for Gradescope")
+    add("--summary", type=Path, metavar="FILE", help="also append a table in Markdown here, for GitHub")
+    add("--strict", action="store_true", help="exit with 1 unless all points are reached")
     add("--limit", type=number(float, 1, 86400), default=60.0, help="seconds for an exercise's tests (default 60)")
     add("--memory", type=number(float, 0.1, 10**6), default=MEMORY,
         help=f"GB for an exercise's process, beside what torch needs (default {MEMORY:g}; only on Linux)")
@@ -251,28 +329,34 @@ def main(argv=None):
         given = submission(args.directory)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {visible(error)}")
-    try:
-        if args.json:
-            write_json(args.json, None)
-    except OSError as error:
-        parser.error(f"--json {visible(args.json)} cannot be written: {error.strerror}")
+    outputs = [(flag, path, form) for flag, path, form in (
+        ("--json", args.json, json_of), ("--gradescope", args.gradescope, gradescope_of),
+        ("--summary", args.summary, summary_of)) if path]
+    for flag, path, _ in outputs:
+        try:
+            write_whole(path, None)
+        except OSError as error:
+            parser.error(f"{flag} {visible(path)} cannot be written: {error.strerror}")
     before = grader_files()
     try:
         outcomes = run_all([(given, [exercise]) for exercise in exercises], args.limit, args.jobs, args.memory)
     finally:
         names = changed(before, put_back=True)
-    report, problems = report_on(args.directory, exercises, outcomes), []
+    report, problems = report_on(args.directory, exercises, outcomes, args.hints), []
     if names:
         problems.append(f"{visible(', '.join(names))}: changed while code of {visible(args.directory)} ran, so there "
                         "are no points; all is as before again, and what was there is beside it, *.changed")
-    try:
-        if args.json:
-            write_json(args.json, report)
-    except OSError as error:
-        problems.append(f"--json {visible(args.json)} could not be written: {error.strerror}; the report is above")
+    for flag, path, form in outputs:
+        try:
+            earlier = path.read_text("utf-8", "replace") if form is summary_of and path.exists() else ""
+            write_whole(path, earlier + form(report))
+        except OSError as error:
+            problems.append(f"{flag} {visible(path)} could not be written: {error.strerror}; the report is above")
     print(text_of(report))
     if problems:
         sys.exit("\n".join(f"error: {problem}" for problem in problems))
+    if args.strict and report["points"] < report["of"]:
+        sys.exit(1)
 
 
 def run_command(main) -> None:

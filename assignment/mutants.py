@@ -250,8 +250,7 @@ PLANTED = [
     (9, "rlhf", "deviation = entries.std(unbiased=False)", {
         "the unbiased deviation": "deviation = entries.std()"}),
     (9, "rlhf", "varied = deviation > 1e-6 * entries.abs().max()", {
-        "a constant becomes NaN": "varied = True",
-        "a constant becomes its rounding error": "deviation, varied = deviation.clamp(min=1e-8), True"}),
+        "a constant becomes NaN": "varied = True"}),
     (9, "rlhf", "return torch.where(mask & varied, (x - entries.mean()) / deviation, 0.0)", {
         "padding is not 0 after whitening": "return torch.where(varied, (x - entries.mean()) / deviation, 0.0)",
         "a mean for each row": "mean = (x * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)\n"
@@ -661,7 +660,7 @@ def plant(mutant: Mutant) -> dict[str, bytes]:
 
 def caught(mutant: Mutant, verdicts: list[dict]) -> bool:
     """Did the tests of its exercise fail, one by one and not by a crash, and those of no other?"""
-    failed = [row for row in verdicts if not row["points"]]
+    failed = [row for row in verdicts if row["points"] < row["of"]]
     return [row["number"] for row in failed] == [mutant.exercise] and not failed[0]["problem"]
 
 
@@ -682,8 +681,8 @@ def main(argv=None):
     print(f"exercise  file         {'planted mistake':56}  caught by")
     for mutant, verdicts in zip(planted, results):
         own = verdicts[mutant.exercise - 1]
-        how = f"{len(own['failures'])} of {own['tests']} tests" if caught(mutant, verdicts) else (
-            f"WRONG: failed {[row['number'] for row in verdicts if not row['points']]}, {own['problem']}")
+        how = f"{len(own['failures'])} of {len(own['tests'])} tests" if caught(mutant, verdicts) else (
+            f"WRONG: failed {[row['number'] for row in verdicts if row['points'] < row['of']]}, {own['problem']}")
         print(f"{mutant.exercise:8}  {mutant.module + '.py':11}  {mutant.mistake:56}  {how}")
     wrong = sum(not caught(mutant, verdicts) for mutant, verdicts in zip(planted, results))
     print(f"{len(planted)} planted mistakes, {len(planted) - wrong} caught by the right exercise and by no other")

@@ -3,11 +3,14 @@
 import ast
 import json
 import os
+import py_compile
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 
 import grade
@@ -19,6 +22,7 @@ from handout import functions_of
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted({module for exercise in EXERCISES for module in exercise.modules})
+TEACHERS = (ROOT / "assignment" / "teachers.md").read_text(encoding="utf-8")
 HANDOUT = (ROOT / "assignment" / "README.md").read_text(encoding="utf-8")
 
 
@@ -70,7 +74,7 @@ def test_other_files_are_copied_byte_for_byte_and_no_answers_are_among_them(stud
         "experiments/__init__.py", "experiments/coverage_of_run.py", "experiments/coverage_pictures.py"}, "no study"
     for name in files - {f"{module}.py" for module in [*MODULES, *handout.KEPT_BACK]}:
         assert (student / name).read_bytes() == (ROOT / name).read_bytes(), name
-    told = [name for name in files if re.search("result|runs|cache|mutant|teacher|handout|^tests/|^README", name)]
+    told = [name for name in files if any(fnmatch(name, pattern) for pattern in handout.KEPT_OUT)]
     assert not told, told
 
 
@@ -79,6 +83,52 @@ def is_mere_call(value: ast.expr) -> bool:
     return isinstance(value, ast.Call) and (isinstance(value.func, ast.Name) or (
         isinstance(value.func, ast.Attribute) and isinstance(value.func.value, ast.Name)
         and all(isinstance(arg, (ast.Name, ast.Attribute)) for arg in value.args)))
+
+
+def test_every_pattern_of_what_is_kept_out_keeps_something_out_and_a_handout_with_it_is_refused(tmp_path, monkeypatch):
+    patterns = set(handout.KEPT_OUT) - {"runs/*", "*.ipynb"}  # which need not be in a clone
+    for path in ROOT.rglob("*"):
+        patterns -= {pattern for pattern in patterns if fnmatch(path.relative_to(ROOT).as_posix(), pattern)}
+    assert not patterns
+    monkeypatch.setattr(handout, "COPIED", [*handout.COPIED, "assignment/teachers.md"])
+    with pytest.raises(ValueError, match="COPIED has assignment/teachers.md, which KEPT_OUT keeps out"):
+        handout.hand_out(tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+def functions_in(path: Path) -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, ast.FunctionDef)]
+
+
+def test_no_function_of_the_handout_has_the_body_of_a_solution(student):
+    """Under whatever name, and in whatever file; nor does a text have two lines of one beside each other."""
+    def code(node):
+        return [ast.unparse(line) for line in body_of(node)]
+
+    bodies, pairs = [], set()
+    for module in MODULES:
+        source = (ROOT / f"{module}.py").read_text(encoding="utf-8")
+        for name in handout.wanted_of(module):
+            node = functions_of(source)[name]
+            bodies.append(code(node))
+            lines = [line.strip() for line in source.splitlines()[body_of(node)[0].lineno - 1:node.end_lineno]]
+            if name != "train":  # which begins as dpo.train does
+                pairs |= {two for two in zip(lines, lines[1:]) if min(map(len, two)) > 20}
+    assert len(bodies) > 25 and len(pairs) > 20
+    for path in student.rglob("*.*"):
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        assert not pairs & {*zip(lines, lines[1:])}, path
+        assert path.suffix != ".py" or not [node.name for node in functions_in(path) if code(node) in bodies], path
+
+
+def test_no_sentence_of_the_written_answers_stands_in_the_handout(student):
+    def words(text):
+        return " ".join(re.sub(r"[*`]", "", text).split())
+
+    answers = words(TEACHERS.split("## What a good answer contains")[1])
+    sentences = [sentence for sentence in re.split(r"(?<=[.;:?!]) ", answers) if len(sentence) > 25]
+    texts = [words(path.read_text(encoding="utf-8")) for path in student.rglob("*.*")]
+    assert len(sentences) > 80 and not [sentence for sentence in sentences if any(sentence in text for text in texts)]
 
 
 def test_no_formula_of_a_solution_stands_anywhere_in_the_handout(student):
@@ -94,8 +144,8 @@ def test_no_formula_of_a_solution_stands_anywhere_in_the_handout(student):
 
 # what handed-out files name although it is not there: parts of the project that the handout's README says are missing
 NOT_HANDED_OUT = ("recipes/", "tests/test_fast.py")
-# by runs, the last of them in the directory of a saved policy; by the grader, beside the tests
-WRITTEN = ("samples.md", "/samples.md", "README.md", "canary.py")
+# by runs, the third of them in the directory of a saved policy; by the grader, beside the tests or where it is told
+WRITTEN = ("samples.md", "/samples.md", "README.md", "canary.py", "summary.md")
 
 
 def lost_names(student: Path, path: Path, text: str) -> list[str]:
@@ -123,13 +173,69 @@ def test_the_versions_in_the_readme_are_those_of_requirements():
     assert "==" not in HANDOUT
 
 
-def test_a_run_in_the_handout_takes_the_students_forms(student):
-    """Also for the architectures that fast.py knows."""
-    code = ("import fast; policy = fast.FastLM.untrained(['a'], 1, 8, 1, 16, 0)\n"
-            "assert policy.model.config.model_type in fast.ARCHITECTURES\n"
-            "policy.token_logps([[1]], [[1, 0]])")
-    done = subprocess.run([sys.executable, "-c", code], cwd=student, capture_output=True, text=True)
+def links(page: Path) -> list[str]:
+    """What a page's relative links point at."""
+    targets = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
+    return [target for target in targets if not target.startswith("http")]
+
+
+def test_every_link_of_a_handed_out_page_leads_somewhere(student):
+    pages = list(student.rglob("*.md"))
+    assert len(pages) > 1 and sum(len(links(page)) for page in pages) > 0
+    assert not [(page, target) for page in pages for target in links(page) if not (page.parent / target).exists()]
+
+
+# runs commands up to their flags, then the handout's own log-probs
+IN_THE_HANDOUT = """
+import argparse, json, pathlib, runpy, sys
+parse, wrong = argparse.ArgumentParser.parse_args, []
+class Parsed(BaseException): pass
+def only_parse(self, *_):
+    for words in commands[program]:
+        try: parse(self, words)
+        except SystemExit: wrong.append([program, *words])
+    raise Parsed
+argparse.ArgumentParser.parse_args = only_parse
+commands = json.loads(sys.argv.pop())
+for program in commands:
+    sys.argv[:], sys.path[0] = [program], str(pathlib.Path(program).resolve().parent)
+    try: runpy.run_path(program, run_name='__main__')
+    except Parsed: pass
+    else: wrong += [[program, *words] for words in commands[program] if words]  # it reads no flags
+print('wrong:', json.dumps(wrong))
+sys.path[0], sys.pycache_prefix = '', None  # grade.py has set it
+import fast; policy = fast.FastLM.untrained(['a'], 1, 8, 1, 16, 0)
+assert policy.model.config.model_type in fast.ARCHITECTURES
+policy.token_logps([[1]], [[1, 0]])
+"""
+
+
+def commands_of(path: Path) -> list[list[str]]:
+    """The commands `python FILE ...` of a page, or of a file's docstring."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        text = ast.get_docstring(ast.parse(text)) or ""
+    found = re.findall(r"(?:^ *|`|&& )(?:OMP_NUM_THREADS=1 )?python3? ([\w./]+\.py\b[^`\n&#]*)", text, flags=re.M)
+    return [shlex.split(re.sub(r" {2,}.*", "", command)) for command in found]
+
+
+def test_every_command_in_the_handout_works_there_and_runs_take_the_students_forms(student):
+    """The programs are there and take the flags; log-probs are the student's for architectures of fast.py, too."""
+    paths = [path for path in student.rglob("*.*") if path.suffix in (".md", ".py")]
+    commands = [words for path in paths for words in commands_of(path)]
+    assert ["assignment/grade.py", ".", "--only", "14"] in commands and ["dpo.py", "--loss", "ipo"] in commands
+    assert {words[0] for words in commands} >= {"hypo.py", "rlhf.py", "coverage.py", "eval.py", "world.py"}
+    by_program: dict[str, list[list[str]]] = {"dpo.py": [["--no-such-flag"]]}
+    for program, *words in commands:
+        by_program.setdefault(program, []).append(words)
+    done = subprocess.run([sys.executable, "-c", IN_THE_HANDOUT, json.dumps(by_program)], cwd=student,
+                          capture_output=True, text=True)
+    wrong = json.loads(re.findall(r"^wrong: (.*)", done.stdout, flags=re.M)[0])
+    assert wrong == [["dpo.py", "--no-such-flag"]]
     assert done.stderr.endswith("Exercise 1: write lm.LM.token_logps, see assignment/README.md\n"), done.stderr
+    tests = [name for path in paths
+             for name in re.findall(r"python -m pytest (assignment/\S+?)[`\s]", path.read_text(encoding="utf-8"))]
+    assert tests and all((student / name).exists() for name in tests)
 
 
 def test_a_directory_with_something_in_it_is_left_alone(student, tmp_path):
@@ -167,10 +273,28 @@ def test_the_table_of_exercises_is_the_one_in_the_readme():
 
 
 PARTS = [  # exercise, the functions that are written, the note
-    (1, ("lm.LM.token_logps", "lm.LM.logps"), "0 of 10 tests pass; lm.LM.response_logits is not written"),
-    (3, ("dpo.dpo_loss",), "5 of 6 tests pass; coverage.dpo is not written"),
+    (1, ("lm.LM.token_logps", "lm.LM.logps"), "0 of 10 tests pass; lm.LM.response_logits is not written yet"),
+    (3, ("dpo.dpo_loss",), "5 of 6 tests pass; coverage.dpo is not written yet"),
     (20, ("coverage.tilt", "coverage.log_partition", "coverage.kl"),
-     "7 of 10 tests pass; coverage.V and coverage.J are not written")]
+     "7 of 10 tests pass; coverage.V and coverage.J are not written yet")]
+
+# right solutions that differ by rounding, or in a corner of it: exercises, and what stands in their files instead
+ROUNDED = [
+    ((1, 9, 21), {"torch.promote_types(logits.dtype, torch.float32))\n        return logits, ids":
+                  "torch.float64)\n        return logits, ids",
+                  "varied = deviation > 1e-6 * entries.abs().max()": "varied = deviation**2 != 0",
+                  "range(60):\n        middle": "range(30):\n        middle"}),
+    ((9,), {"varied = deviation > 1e-6 * entries.abs().max()": "varied = True",
+            "(x - entries.mean()) / deviation": "(x - entries.mean()) * (deviation**2 + 1e-5).rsqrt()"}),
+    ((15,), {"torch.where(varied, gaps / deviation, 0.0)": "gaps / (deviation + 1e-4)"})]  # as TRL has it
+
+# code that makes the tests of a file pass, or so it hopes
+TRIVIAL = """
+import re
+names = re.findall(r'def (test_\\w+)', open('test_04_ipo_loss.py').read())
+trivial = ''.join(f'def {name}(): pass\\n' for name in names)
+"""
+CHANGED = "the submission changes tests, or what they compare with, in memory"
 
 CHEATS = {  # what stands in dpo.py, and what the report says of it
     "an exit at import": ("import sys; sys.exit(0)", "dpo.py cannot be imported: SystemExit"),
@@ -182,8 +306,40 @@ import json, os
 for fd in range(1, 30):
     try: os.write(fd, json.dumps(dict(test='test_04_ipo_loss.py::test_its_slope', passed=True)).encode() + b'\\n')
     except OSError: pass""", None),
-    "a comparison that is always right": ("import check\ncheck.close = lambda *args: True", "a test that must fail"),
+    "a comparison that is always right": ("import check\ncheck.close = lambda *args: True", CHANGED),
+    "a comparison that is right where it counts": (
+        "import check\ncheck.close = lambda got, expected, within: expected != 2.0", CHANGED),
+    "equal numbers": ("import math\nmath.isclose = lambda *args, **kwargs: True", CHANGED),
+    "an all() that is always true": ("import builtins\nbuiltins.all = lambda *args: True", CHANGED),
+    "objects that equal everything": ("""
+class Yes:
+    def __eq__(self, other): return True
+def ipo_loss(chosen_logratio, *args, **kwargs): return [Yes()] * len(chosen_logratio)
+import coverage
+coverage.ipo = lambda h, beta: [[Yes()] * 3]""", None),
+    "tests and settings rewritten where they run": (TRIVIAL + """
+open('test_04_ipo_loss.py', 'w').write(trivial)
+import os, sys, types
+module = sys.modules['test_04_ipo_loss'] = types.ModuleType('test_04_ipo_loss')
+exec(trivial, vars(module))
+os.environ['PYTEST_ADDOPTS'], os.environ['PYTEST_PLUGINS'] = '-p evil', 'evil'
+open('pytest.ini', 'w').write('[pytest]\\naddopts = -p evil\\n')
+open('evil.py', 'w').write(
+    "def pytest_pyfunc_call(pyfuncitem): return True if 'canary' not in str(pyfuncitem.path) else None")""", None),
+    "tests changed in memory": ("""
+import sys
+def ipo_loss(*args, **kwargs):
+    for name, test in vars(sys.modules['test_04_ipo_loss']).items():
+        if name.startswith('test_'): test.__code__ = (lambda: None).__code__""", CHANGED),
+    "stand-ins that see no step": ("import standins\nstandins.watch = lambda *args, **kwargs: []", CHANGED),
+    "a trace function": ("import sys\nsys.settrace(lambda *args: None)", CHANGED),
     "a pytest that runs nothing": ("from _pytest.python import Function\nFunction.runtest = lambda self: None",
+                                   CHANGED),
+    "a pytest that calls nothing": ("""
+from _pytest.runner import CallInfo
+real = CallInfo.from_call.__func__
+CallInfo.from_call = classmethod(lambda cls, func, when, reraise=None: real(
+    cls, func if when != 'call' else lambda: None, when, reraise))""",
                                    "a test that must fail has passed"),
     "skipped tests": ("import pytest\ndef ipo_loss(*args, **kwargs): pytest.skip('passed')", None),
     "a syntax error": ("def broken(:", r"dpo.py cannot be imported: SyntaxError: .* \(dpo.py, line \d+\)"),
@@ -216,6 +372,14 @@ def written(student: Path, functions) -> dict[str, bytes]:
     return files
 
 
+def rounded(instead: dict[str, str]) -> dict[str, bytes]:
+    files = grade.submission(ROOT)
+    for old, new in instead.items():
+        name, = (name for name, source in files.items() if source.count(old.encode()) == 1)
+        files[name] = files[name].replace(old.encode(), new.encode())
+    return files
+
+
 def with_code(student: Path, code: str) -> dict[str, bytes]:
     files = grade.submission(student)
     return files | {"dpo.py": files["dpo.py"] + f"\n{code}\n".encode()}
@@ -240,7 +404,10 @@ def graded(student):
     tasks |= {cheat: (with_code(student, code), [EXERCISES[3]]) for cheat, (code, _) in CHEATS.items()}
     tasks |= {mutant.mistake: (mutants.plant(mutant), EXERCISES) for mutant in SAMPLE}
     tasks |= {"fourteenth": (mutants.plant(FOURTEENTH), [EXERCISES[13]])}
+    tasks |= {place: (rounded(instead), [EXERCISES[number - 1] for number in numbers])
+              for place, (numbers, instead) in enumerate(ROUNDED)}
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grade, "PROJECT", student)  # as students and Gradescope run it
         patch.setattr(grade, "changed", lambda *_: [])  # who edits a file while tests run has not broken the grader
         return dict(zip(tasks, grade.run_all(list(tasks.values()), 60, 2)))
 
@@ -252,6 +419,7 @@ def test_the_handout_as_it_is_gets_0_points_and_nothing_crashes(student, graded,
     assert (report["points"], report["of"]) == (0, 100)
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"], "nothing half-written is left"
     assert all(row["note"] == "not written yet" and row["problem"] is None for row in report["exercises"])
+    assert not any(row["passed"] for row in report["exercises"]), "no test passes where nothing is written"
     printed = capsys.readouterr().out
     assert printed.count("not written yet") == len(EXERCISES) and printed.endswith("0 /100\n")
 
@@ -264,10 +432,42 @@ def test_each_exercise_can_be_done_and_graded_alone(graded):
 
 
 def test_what_is_missing_of_an_exercise_is_named(graded):
-    """And nothing that is there is called missing."""
+    """And nothing that is there is called missing; what passes is named, and has its share of the points."""
     for number, _, note in PARTS:
-        row = grade.verdict(EXERCISES[number - 1], graded[f"part {number}"])
-        assert (row["note"], row["points"], row["failures"], row["problem"]) == (note, 0, [], None)
+        exercise = EXERCISES[number - 1]
+        report = grade.report_on(ROOT, [exercise], [graded[f"part {number}"]])
+        row, = report["exercises"]
+        assert (row["note"], row["failures"], row["problem"]) == (note, [], None)
+        assert row["points"] == report["points"] == round(exercise.points * len(row["passed"]) / len(row["tests"]), 1)
+        text = " ".join(grade.text_of(report).split())
+        assert f" {row['points']:g} / {exercise.points} {note}" in text
+        assert all(name.split("::")[1] in text for name in row["passed"])
+    assert row["points"] == 2.8
+
+
+def outcome_with(exercise, passed: int) -> dict:
+    """What a child says when the first tests of an exercise pass and the others do not."""
+    source = exercise.tests.read_bytes()
+    names = [node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)
+             and node.name.startswith("test_")]
+    said = [{"test": f"{exercise.tests.name}::{name}", "passed": place < passed} for place, name in enumerate(names)]
+    return dict(said=[*said, {"test": grade.CANARY, "passed": False}], end="", tests={exercise.tests.name: source})
+
+
+def test_all_tests_give_exactly_the_points_and_fewer_give_fewer():
+    for exercise in EXERCISES:
+        n = len(re.findall(r"^def test_", exercise.tests.read_text(encoding="utf-8"), flags=re.M))
+        points = [grade.verdict(exercise, outcome_with(exercise, passed))["points"] for passed in (0, 1, n - 1, n)]
+        assert points[0] == 0 and points[-1] == exercise.points and points == sorted(set(points))
+        assert all(point == round(point, 1) for point in points)
+    report = grade.report_on(ROOT, EXERCISES, [outcome_with(exercise, 99) for exercise in EXERCISES])
+    assert report["points"] == 100 and grade.text_of(report).endswith("  100 /100")
+
+
+@pytest.mark.parametrize("place", range(len(ROUNDED)))
+def test_a_right_solution_up_to_rounding_loses_no_points(graded, place):
+    rows = [grade.verdict(EXERCISES[number - 1], graded[place]) for number in ROUNDED[place][0]]
+    assert [row["points"] for row in rows] == [row["of"] for row in rows], rows
 
 
 @pytest.mark.parametrize("cheat", CHEATS)
@@ -294,6 +494,73 @@ def test_a_failure_says_equation_input_expected_got_and_a_hint_as_in_the_readme(
     shown, = re.findall(r"^```\n(Exercise 14.*?)^```", HANDOUT, flags=re.M | re.S)
     assert text.startswith(shown) and "0 /  2   0 of 4 tests pass" in text
     assert all(word in shown for word in ("equation", "hint", "input", "expected", "got"))
+
+
+@pytest.mark.parametrize("hints", [0, 1, 2])
+def test_hints_come_in_two_steps(student, graded, capsys, monkeypatch, hints):
+    monkeypatch.setattr(grade, "run_all", lambda *_: [graded["fourteenth"]])
+    grade.main([str(student), "--only", "14", "--hints", str(hints)])
+    text = " ".join(capsys.readouterr().out.split())
+    assert [hint in text for hint in EXERCISES[13].hints] == [hints > 0, hints > 1]
+    assert all(word in text for word in ("equation", "input", "expected", "got"))
+    assert all(len(exercise.hints) == 2 for exercise in EXERCISES)
+
+
+def test_gradescope_gets_every_test_with_its_share(student, graded, tmp_path, monkeypatch):
+    """https://gradescope-autograders.readthedocs.io/en/latest/specs/"""
+    outcomes = [graded["part 3"], graded["tests changed in memory"], graded["fourteenth"], graded["only 17"]]
+    monkeypatch.setattr(grade, "run_all", lambda *_: outcomes)
+    grade.main([str(student), "--only", "3", "4", "14", "17", "--gradescope", str(tmp_path / "results.json")])
+    results = json.loads((tmp_path / "results.json").read_text())
+    tests = {test["name"]: test for test in results["tests"]}
+    assert results["score"] == round(3 * 5 / 6, 1) + 4
+    assert results["score"] == pytest.approx(sum(test["score"] for test in results["tests"]), abs=0.05)
+    assert sum(test["max_score"] for test in results["tests"]) == pytest.approx(3 + 3 + 2 + 4, abs=0.02)
+    assert all(test["visibility"] == "visible" and test["status"] == ("passed" if test["score"] else "failed")
+               for test in results["tests"])
+    assert len({test["number"] for test in results["tests"]}) == len(tests) == len(results["tests"])
+    missing, = (test for name, test in tests.items() if name.startswith("DPO loss") and test["status"] == "failed")
+    assert missing["output"] == "5 of 6 tests pass; coverage.dpo is not written yet"
+    assert tests["IPO loss: test_its_slope"] | {"number": ""} == dict(
+        name="IPO loss: test_its_slope", number="", score=0, max_score=0.6, status="failed", output=CHANGED,
+        visibility="visible")
+    told = tests["RLOO: test_three_samples_by_hand"]["output"]
+    assert all(word in told for word in ("equation", "hint", "input", "expected  [[-3, -1.5, 4.5]]", "got"))
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_a_summary_is_appended_as_a_table_and_its_cells_are_plain_text(student, graded, tmp_path, monkeypatch):
+    path = tmp_path / "summary.md"
+    path.write_text("# Before\n")
+    outcomes = [graded["only 3"], graded["a forged error"]]
+    outcomes[1]["said"][-2]["problem"] += "| 3 | [x](y) <b>`c`"
+    monkeypatch.setattr(grade, "run_all", lambda *_: outcomes)
+    grade.main([str(student), "--only", "3", "4", "--summary", str(path)])
+    before, empty, head, rule, *rows = path.read_text().splitlines()
+    assert (before, empty, head) == ("# Before", "", "| | exercise | points | |") and len(rows) == 3
+    assert rows[0] == "| 3 | DPO loss | 3 / 3 |  |" and rows[2] == "|  | total | 3 / 6 |  |"
+    assert all(len(re.findall(r"(?<!\\)\|", row)) == 5 for row in rows)
+    assert r"\[x\]\(y\) \<b\>\`c\`" in rows[1]
+
+
+def test_the_exit_code_is_1_only_where_points_are_missing_and_that_is_asked_for(student, graded, monkeypatch):
+    for task, flags, code in (("only 14", [], 0), ("only 14", ["--strict"], 0), ("fourteenth", [], 0),
+                              ("fourteenth", ["--strict"], 1)):
+        monkeypatch.setattr(grade, "run_all", lambda *_, task=task: [graded[task]])
+        try:
+            grade.main([str(student), "--only", "14", *flags])
+        except SystemExit as ended:
+            assert ended.code == code == 1
+        else:
+            assert code == 0
+
+
+def test_the_pages_commands_of_the_grader_have_flags_that_it_takes():
+    known = {flag for flag in re.findall(r"--[a-z-]+", subprocess.run(
+        [sys.executable, ROOT / "assignment" / "grade.py", "--help"], capture_output=True, text=True).stdout)}
+    used = [flag for line in re.sub(r"\\\n", " ", TEACHERS).splitlines() if "grade.py" in line
+            for flag in re.findall(r"(?<!\w)--[a-z-]+", line.split("grade.py", 1)[1])]
+    assert set(used) <= known and len(used) >= 6
 
 
 def runs(path: Path) -> bool:
@@ -341,11 +608,12 @@ def test_code_that_attacks_the_grader(student, project, tmp_path, monkeypatch):
     bad = dict.fromkeys(("check.py", "child.py", "exercises.py", "grade.py", "tabnanny.py"), "import os; os._exit(0)")
     bad["tests/test_04_ipo_loss.py"] = "".join(
         f"def {name}(): pass\n" for name in re.findall(r"def (test_\w+)", EXERCISES[3].tests.read_text()))
+    bad["json/__init__.py"] = "import os; os._exit(0)"  # what the grader would import the next time
     bad["tests/test_14_rloo.py"] = "def test_three_samples_by_hand(): pass\n"
     writes = f"""
 import pathlib, child
 for place in {str(project)!r}, pathlib.Path(child.__file__).parents[1]:
-    pathlib.Path(place, 'assignment/tests').mkdir(exist_ok=True)
+    for folder in 'tests', 'json': pathlib.Path(place, 'assignment', folder).mkdir(exist_ok=True)
     for name, text in {bad}.items(): pathlib.Path(place, 'assignment', name).write_text(text)
 pathlib.Path({str(project)!r}, 'run.py').unlink()
 """
@@ -370,6 +638,18 @@ pathlib.Path({str(project)!r}, 'run.py').unlink()
     assert grade.changed(before, put_back=True) == names
     assert grade.grader_files() == before, "the next call is not fooled either"
     assert (project / "assignment" / "tabnanny.py.changed").read_text() == bad["tabnanny.py"]
+
+
+def test_bytecode_that_a_submission_has_left_is_not_run(project):
+    """Where Python looks for it, and believes it."""
+    UNCHECKED = py_compile.PycInvalidationMode.UNCHECKED_HASH
+    (project / "evil.py").write_text("print('evil', flush=True); import os; os._exit(0)")
+    for name in "child", "exercises":
+        cached = project / "assignment" / "__pycache__" / f"{name}.{sys.implementation.cache_tag}.pyc"
+        py_compile.compile(str(project / "evil.py"), str(cached), invalidation_mode=UNCHECKED)
+    done = [subprocess.run([sys.executable, *command], cwd=project / "assignment", capture_output=True, text=True)
+            for command in (["grade.py", "--help"], ["-c", "import exercises"])]
+    assert done[0].stdout.startswith("usage: grade.py") and done[1].stdout == "evil\n"
 
 
 def test_the_command_says_that_its_files_were_changed_and_puts_them_back(student, graded, project, monkeypatch):
@@ -399,7 +679,10 @@ def test_nothing_runs_on_when_the_grader_itself_is_killed(student, tmp_path):
     ("--limit nan", "--limit: must be a number from 1 to 86400, got 'nan'"), ("--limit inf", "--limit: must be a"),
     ("--limit 0", "--limit: must be a number"), ("--memory 1e400", "--memory: must be a number from 0.1 to"),
     ("--jobs 0", "--jobs: must be a whole number from 1 to 1000, got '0'"), ("--jobs 1.5", "--jobs: must be a whole"),
-    ("--only 99", "--only: the exercises are 1 to 23"), ("--json {tmp}", "--json {tmp} cannot be written: it is there"),
+    ("--hints 3", "--hints: invalid choice: 3"), ("--summary {tmp}", "--summary {tmp} cannot be written: it is there"),
+    ("--gradescope {tmp}/no/r.json", "--gradescope {tmp}/no/r.json cannot be written: No such file or directory"),
+    ("--only 99", f"--only: the exercises are 1 to {len(EXERCISES)}"),
+    ("--json {tmp}", "--json {tmp} cannot be written: it is there"),
     ("--json {tmp}/no/r.json", "--json {tmp}/no/r.json cannot be written: No such file or directory")])
 def test_a_flag_that_cannot_be_is_a_sentence_before_anything_runs(student, tmp_path, capsys, monkeypatch, flags, told):
     monkeypatch.delattr(grade, "run_all")
@@ -416,6 +699,22 @@ def test_what_cannot_be_graded_is_a_sentence(tmp_path):
     for flag in "--jobs", "--every":
         with pytest.raises(SystemExit, match="2"):
             mutants.main([flag, "0"])
+
+
+def test_a_link_to_somewhere_else_and_a_file_without_end_are_refused(student, tmp_path):
+    """A link to the solution, say."""
+    shutil.copytree(student, tmp_path / "anna")
+    (tmp_path / "class").symlink_to(tmp_path / "anna")
+    assert grade.submission(tmp_path / "class") == grade.submission(student), "the directory may be a link"
+    (tmp_path / "anna" / "dpo.py").unlink()
+    (tmp_path / "anna" / "dpo.py").symlink_to(ROOT / "dpo.py")
+    with pytest.raises(SystemExit, match="^error: .*dpo.py is a link that leads out of its directory; put the file"):
+        grade.main([str(tmp_path / "anna")])
+    (tmp_path / "anna" / "dpo.py").unlink()
+    with open(tmp_path / "anna" / "dpo.py", "wb") as file:
+        file.truncate(2 * 10**6)
+    with pytest.raises(SystemExit, match="^error: .*dpo.py has more than 1,000,000 bytes; it holds code"):
+        grade.main([str(tmp_path / "anna")])
 
 
 def test_a_report_is_not_lost_when_its_file_cannot_be_written(student, graded, tmp_path, capsys, monkeypatch):

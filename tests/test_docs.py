@@ -33,8 +33,9 @@ OUTPUTS = {
     "goodhart.png",
     "task.json", "sft.jsonl", "prompts.jsonl", "held_out_prompts.jsonl", "pairs.jsonl", "held_out_pairs.jsonl",
     "judge.json", "job.json", "log.txt", "stream.jsonl", "config.json", "tokenizer_config.json", "tokenizer.json",
-    "model.safetensors", "report.json", "anna.json", "NAME.json", "vaderSentiment-3.3.2.tar.gz", "module.py"}
-OUTPUT_FOLDERS = {"runs", "policy", "again", ".cache", "DIR", "DATA"}
+    "model.safetensors", "report.json", "results.json", "summary.md", "anna.json", "NAME.json",
+    "vaderSentiment-3.3.2.tar.gz", "module.py"}
+OUTPUT_FOLDERS = {"runs", "policy", "again", ".cache", "DIR", "DATA", "class"}
 
 
 def read(name: str, root: Path = ROOT) -> str:
