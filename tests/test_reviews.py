@@ -66,7 +66,8 @@ def test_every_command_is_one_that_its_program_takes(options, arm, monkeypatch):
     monkeypatch.setattr(run, "working", working)
     with pytest.raises(run.UserError, match="enough"):
         PROGRAMS[program].main(words)
-    assert taken["seed"] == 11 and taken["steps"] == 40 and taken["eval_every"] == 14 and taken["batch_size"] == 8
+    assert (taken["seed"], taken["batch_size"]) == (11, 8)
+    assert taken["steps"] == reviews.STEPS == 3 * taken["eval_every"]
     assert taken["algorithm"] == {"DPO": "dpo", "offline IPO": "ipo", "online IPO": "online ipo", "PPO": "ppo"}.get(
         arm, "hypo")
     offline = str(options.work / "11" / "offline-ipo")
@@ -87,7 +88,7 @@ def test_finished_runs_are_not_done_again_and_others_are_refused(finished, monke
     monkeypatch.setattr(reviews.subprocess, "Popen", lambda *_, **__: pytest.fail("it is done"))
     reviews.make_runs(finished)
     finished.steps = 41
-    with pytest.raises(run.UserError, match="dpo was made by another command: .*--steps 40"):
+    with pytest.raises(run.UserError, match=f"dpo was made by another command: .*--steps {reviews.STEPS} "):
         reviews.make_runs(finished)
 
 
