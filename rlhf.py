@@ -247,7 +247,7 @@ def roll_out(policy, ref, prompts, judge, generator, args) -> Rollout:
 
 
 def train_ppo(policy, ref, prompts, judge, evaluate, args) -> None:
-    """Stage 2 by PPO; the comments number the lines of the box at the top of the file."""
+    """Stage 2 by PPO, the box at the top of the file."""
     value = data.scorer(ref, args)
     both = torch.nn.ModuleDict({"policy": policy, "value": value})  # what a checkpoint keeps
     optimizer = torch.optim.AdamW([
@@ -268,7 +268,7 @@ def train_ppo(policy, ref, prompts, judge, evaluate, args) -> None:
         # 4: some epochs on the same responses, in shuffled order and in args.minibatches parts
         shuffle, updates = step.generator("ppo", device="cpu"), []
         orders = [torch.randperm(len(asked), generator=shuffle) for _ in range(args.epochs)]
-        for rows in (part for order in orders for part in order.chunk(args.minibatches)):
+        for rows in (part for order in orders for part in order.tensor_split(args.minibatches)):
             loss, metrics = ppo_objective(policy, value, rolled, values, advantages, returns, rows)
             loss.backward()
             grad_norm = run.clip(policy, args.max_grad_norm)

@@ -75,9 +75,11 @@ def call_text(function, args, kwargs) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """An exception as one line, with the place where it was raised."""
+    """An exception as one line, with the last place in the files that students write."""
     if isinstance(error, SyntaxError):
         return f"SyntaxError: {error.msg} ({Path(error.filename or '?').name}, line {error.lineno})"
     frames = traceback.extract_tb(error.__traceback__)
+    files = {f"{module}.py" for exercise in EXERCISES for module in exercise.modules}
+    frames = [frame for frame in frames if Path(frame.filename).name in files] or frames
     where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {str(error).strip()[:500] or 'no message'}{where}"

@@ -102,8 +102,8 @@ EXERCISES = [
         ("Go from the last column to the first. Nothing may come out of the padding, and mean and deviation are "
          "those of the real tokens.",
          "Carry two columns from t + 1 to t, V and A, both times the mask: delta = r + next V - V, A = delta + "
-         "gae_lambda * next A. For whiten take x[mask], its mean and its std(unbiased=False); 0 where that is 0 and "
-         "where the mask is false.")),
+         "gae_lambda * next A. For whiten take x[mask], its mean and its std(unbiased=False); 0 where that is 0, or "
+         "1e-6 of the largest entry, and where the mask is false.")),
     Exercise(
         10, "PPO's clipped surrogate", ("rlhf.ppo_loss",), 5,
         "-min(ratio A, clip(ratio, 1 - c, 1 + c) A), ratio = pi / pi_old = exp(logp - old logp); one number a token",
@@ -136,9 +136,9 @@ EXERCISES = [
         ("What the epochs learn from is made once a step, before the first update, and stays. The value before token "
          "t is the score of the state in which it is chosen.",
          "values = value.scores(...)[0][:, :-1] under no_grad; returns = gae + values, before whitening. For each of "
-         "args.epochs a torch.randperm from step.generator(\"ppo\", device=\"cpu\"), .chunk(args.minibatches); for "
-         "each part ppo_objective, backward, run.clip(policy), run.clip(value), optimizer.step, zero_grad. One AdamW "
-         "of two groups, the value's at 2 * args.lr, weight_decay=0.")),
+         "args.epochs a torch.randperm from step.generator(\"ppo\", device=\"cpu\"), "
+         ".tensor_split(args.minibatches); for each part ppo_objective, backward, run.clip(policy), run.clip(value), "
+         "optimizer.step, zero_grad. One AdamW of two groups, the value's at 2 * args.lr, weight_decay=0.")),
     Exercise(
         14, "RLOO", ("rlhf.rloo_advantages",), 2,
         "A_i = r_i - (1/(k - 1)) sum over j != i of r_j, for the k samples of one prompt",
@@ -178,9 +178,11 @@ EXERCISES = [
          "multiply it by logps, and take the mean over the row.")),
     Exercise(
         19, "one HyPO step", ("hypo.train",), 5,
-        "descend on l_dpo + lam l_kl: l_dpo on offline pairs, l_kl on k fresh samples of the policy for each prompt",
+        "descend on loss_dpo + lam loss_kl: loss_dpo on offline pairs, loss_kl on k fresh samples of the policy for "
+        "each prompt",
         ("Follow the numbered lines at the top of hypo.py; exercise 7 is the same loop without lines 4 and 5. The "
-         "box ascends on l_dpo - lam l_kl, where l_dpo is minus a loss: you descend on the sum.",
+         "box ascends on l_dpo - lam l_kl, where l_dpo is minus your loss. Samples are numbers; their log-probs "
+         "under the policy have a gradient.",
          "Repeat each prompt of the minibatch k times, sample with step.generator(\"online\"), take logps of policy "
          "and (no_grad) ref, view both as (prompts, k), and call kl_loss on policy.logps and their difference. Then "
          "backward of loss_dpo.mean() + lam * loss_kl.mean(), run.clip, optimizer.step, zero_grad.")),

@@ -234,11 +234,12 @@ def text_of(report: dict) -> str:
     lines = []
     for row in report["exercises"]:
         some = 0 < len(row["passed"]) < len(row["tests"])
-        if row["failures"] or row["problem"] or some:
+        alone = len(report["exercises"]) == 1 and not row["passed"]  # asked for by itself: also before it is begun
+        if row["failures"] or row["problem"] or some or alone:
             lines.append(f"Exercise {row['number']}: {row['name']}")
             if row["problem"]:
                 lines.append(f"  {row['problem']}")
-            elif row["failures"]:
+            elif row["failures"] or alone:
                 lines += general(row)
             if some and not row["problem"]:
                 lines.append(paragraph("passing", ", ".join(name.split("::")[1] for name in row["passed"])))
@@ -311,7 +312,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("directory", metavar="DIR", type=Path, help="a student's copy of the project")
-    add("--only", type=int, nargs="+", metavar="N", help="grade these exercises (default: all)")
+    add("--only", type=number(int, 1, len(EXERCISES)), nargs="+", metavar="N",
+        help="grade these exercises, with spaces between (default: all)")
     add("--hints", type=int, choices=(0, 1, 2), default=1, help="how many an exercise that fails gets (default 1)")
     add("--json", type=Path, metavar="FILE", help="also write the report here")
     add("--gradescope", type=Path, metavar="FILE", help="also write the results here, for Gradescope")
@@ -323,8 +325,6 @@ def main(argv=None):
     add("--jobs", type=number(int, 1, 1000), default=CORES, help="exercises at a time (default: one for each core)")
     args = parser.parse_args(argv)
     exercises = [exercise for exercise in EXERCISES if args.only is None or exercise.number in args.only]
-    if args.only and len(exercises) < len(set(args.only)):
-        parser.error(f"--only: the exercises are 1 to {len(EXERCISES)}")
     try:
         given = submission(args.directory)
     except (ValueError, OSError) as error:

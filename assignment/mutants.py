@@ -400,7 +400,7 @@ PLANTED = [
         "one epoch whatever is asked": "[torch.randperm(len(asked), generator=shuffle)]",
         "some responses come twice, some never":
             "[torch.randint(len(asked), (len(asked),), generator=shuffle) for _ in range(args.epochs)]"}),
-    (13, "rlhf", "order.chunk(args.minibatches)", {
+    (13, "rlhf", "order.tensor_split(args.minibatches)", {
         "parts of args.minibatches responses": "order.split(args.minibatches)",
         "no parts": "[order]"}),
     (13, "rlhf", "loss, metrics = ppo_objective(policy, value, rolled, values, advantages, returns, rows)", {

@@ -108,11 +108,11 @@ def test_the_value_function_starts_from_pi_ref(monkeypatch):
 
 
 def test_advantages_are_whitened_and_returns_are_not(monkeypatch):
-    def of_the_first_response(steps):
+    def of_the_second_response(steps):
         part = train(monkeypatch, steps).parts[0]
         return part.old_values[1], part.advantages[1], part.returns[1]
     # rewards 0 and 1, values 2 and 3: this gae says -2 and -2, this whiten ten times that
-    expect([[2.0, 3.0], [-20.0, -20.0], [0.0, 1.0]], of_the_first_response, 1,
+    expect([[2.0, 3.0], [-20.0, -20.0], [0.0, 1.0]], of_the_second_response, 1,
            because="old values V, whiten(gae), and gae + V; gae stands for rewards - V, whiten for 10 times")
 
 

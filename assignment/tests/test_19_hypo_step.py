@@ -66,14 +66,14 @@ def test_with_lam_0_the_update_is_that_of_the_pairs(monkeypatch):
     def gradient_by_the_scores_of_tokens(lam):
         return train(monkeypatch, lam)[1][0].gradient["policy"]
     expect(OF_PAIRS, gradient_by_the_scores_of_tokens, 0.0,
-           because="mean of l_dpo, on the log-ratios of tokens 3 to 6 with their EOS")
+           because="mean of loss_dpo, on the log-ratios of tokens 3 to 6 with their EOS")
 
 
 def test_the_gradient_of_a_step(monkeypatch):
     def gradient_by_the_scores_of_tokens(lam, k):
         return train(monkeypatch, lam, k)[1][0].gradient["policy"]
     expect([a + 0.25 * b for a, b in zip(OF_PAIRS, OF_SAMPLES)], gradient_by_the_scores_of_tokens, 0.25, 2,
-           because="mean of l_dpo + lam times mean of l_kl, on the samples' tokens 7 to 10 with their EOS")
+           because="mean of loss_dpo + lam times mean of loss_kl, on the samples' tokens 7 to 10 with their EOS")
 
 
 def test_one_sample_a_prompt(monkeypatch):
