@@ -78,8 +78,8 @@ def describe(error: BaseException) -> str:
     """An exception as one line, with the last place in the files that students write."""
     if isinstance(error, SyntaxError):
         return f"SyntaxError: {error.msg} ({Path(error.filename or '?').name}, line {error.lineno})"
-    frames = traceback.extract_tb(error.__traceback__)
     files = {f"{module}.py" for exercise in EXERCISES for module in exercise.modules}
-    frames = [frame for frame in frames if Path(frame.filename).name in files] or frames
-    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    places = [(Path(frame.filename).name, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    own = [place for place in places if place[0] in files] or places
+    where = f" ({own[-1][0]}, line {own[-1][1]}{', in a call' * (own[-1] != places[-1])})" if own else ""
     return f"{type(error).__name__}: {str(error).strip()[:500] or 'no message'}{where}"

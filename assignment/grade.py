@@ -246,7 +246,8 @@ def text_of(report: dict) -> str:
             for failure in row["failures"][:SHOWN]:
                 lines += [f"  {failure['test']}", *details(failure)]
             if len(row["failures"]) > SHOWN:
-                lines.append(f"  and {len(row['failures']) - SHOWN} more; --json FILE has them all")
+                names = ", ".join(failure["test"].split("::")[1] for failure in row["failures"][SHOWN:])
+                lines.append(paragraph("also", f"{names}; --json FILE has them all"))
             lines.append("")
     return "\n".join([*lines, table_of(report)])
 
