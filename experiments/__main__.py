@@ -135,8 +135,8 @@ def parse(argv):
         help=", ".join(STUDIES) + ", all, reviews, pages or mean")
     add("runs", nargs="*", metavar="RUN", help="directories of runs, for mean alone")
     several = run.number(int, 1, 1000)
-    add("--seeds", type=several, help="how many seeds, from 10 on (default: what the study says, 10 or 6, for "
-        "reviews 2 to 5; with --quick 2)")
+    add("--seeds", type=several, help="how many seeds, from 10 on (default: what the study says, 10 or 6; for "
+        "reviews 2 to 5, and not more; with --quick 2)")
     add("--quick", action="store_true", help="short runs on few pairs, kept apart in runs/study-quick: they show that "
         "everything works, not what comes out")
     add("--model", help="what to study: tiny, a transformers directory, or a hub name (default tiny, for reviews "
@@ -166,8 +166,8 @@ def parse(argv):
     options.threads = max(1, cores // options.jobs)
     options.work = Path("runs") / ("study" + "-reviews" * film + "-quick" * options.quick + (
         "-" + re.sub(r"\W+", "-", given).strip("-") if given not in (None, "tiny") else ""))
-    standard = (tiny or film and given is None) and not options.quick and (  # reviews has up to 5 seeds by itself
-        options.seeds is None or options.seeds >= (6 if film else 10))
+    standard = (tiny or film and given is None) and not options.quick and (
+        options.seeds is None or options.seeds >= 10 and not film)
     options.results = Path("results") if standard else options.work / "results"  # a trial must not replace them
     return options, [options.name] if options.name != "all" else [name for name in STUDIES if tiny or name != "scale"]
 
