@@ -80,6 +80,7 @@ def describe(error: BaseException) -> str:
         return f"SyntaxError: {error.msg} ({Path(error.filename or '?').name}, line {error.lineno})"
     files = {f"{module}.py" for exercise in EXERCISES for module in exercise.modules}
     places = [(Path(frame.filename).name, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
-    own = [place for place in places if place[0] in files] or places
+    tests = [place for place in places if place[0].startswith("test_")]
+    own = [place for place in places if place[0] in files] or tests or places
     where = f" ({own[-1][0]}, line {own[-1][1]}{', in a call' * (own[-1] != places[-1])})" if own else ""
     return f"{type(error).__name__}: {str(error).strip()[:500] or 'no message'}{where}"

@@ -125,7 +125,7 @@ EXERCISES = [
         "(sum over tokens of ppo_loss + sum over tokens of value_loss) / responses; value_loss = max((V - R)^2, (V_c "
         "- R)^2) / 2, V_c = V_old + clip(V - V_old, -c, c)",
         ("Everything that was stored for all responses must be cut to `rows`, in their order, and to the longest "
-         "response among them. Padding counts in neither sum.",
+         "response among them; what is new is compared with it. Padding counts in neither sum.",
          "x[rows, :T'] for old log-probs, old values, advantages and returns; new log-probs by token_logps, new "
          "values by value.scores(...)[0][:, :-1]. Sum ppo_loss * mask and value_loss * mask, and divide both by "
          "len(rows), the number of responses. In value_loss the clipped value is old + (new - old).clamp(-c, c).")),

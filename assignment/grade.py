@@ -216,7 +216,7 @@ def general(row: dict) -> list[str]:
 
 
 def details(failure: dict) -> list[str]:
-    return [f"    {key:9} {failure[key]}" for key in ("input", "expected", "got") if failure[key]]
+    return [paragraph(key, failure[key]) for key in ("input", "expected", "got") if failure[key]]
 
 
 def table_of(report: dict) -> str:
@@ -241,13 +241,13 @@ def text_of(report: dict) -> str:
                 lines.append(f"  {row['problem']}")
             elif row["failures"] or alone:
                 lines += general(row)
-            if some and not row["problem"]:
-                lines.append(paragraph("passing", ", ".join(name.split("::")[1] for name in row["passed"])))
             for failure in row["failures"][:SHOWN]:
                 lines += [f"  {failure['test']}", *details(failure)]
             if len(row["failures"]) > SHOWN:
                 names = ", ".join(failure["test"].split("::")[1] for failure in row["failures"][SHOWN:])
                 lines.append(paragraph("also", f"{names}; --json FILE has them all"))
+            if some and not row["problem"]:
+                lines.append(paragraph("passing", ", ".join(name.split("::")[1] for name in row["passed"])))
             lines.append("")
     return "\n".join([*lines, table_of(report)])
 

@@ -68,6 +68,14 @@ def logps(prompts, responses):
     return policy(Table()).logps(prompts, responses)
 
 
+def test_logits_stand_at_the_token_that_they_predict():
+    def softmax_of_logits_and_ids(prompts, responses):
+        logits, ids, _ = policy(Table()).response_logits(prompts, responses)
+        return logits.softmax(-1), ids
+    expect([[[NEXT[1], NEXT[2]]], [[2, 3]]], softmax_of_logits_and_ids, [[3, 1]], [[2, 3]],
+           because="two positions: after the prompt's last token 1, and after the response's first token 2")
+
+
 def test_each_token_by_hand():
     expect([[-3 * LN2, -1 * LN2, -3 * LN2]], token_logps, [[2, 1]], [[2, 3, EOS]],
            because="1 -> 2 has probability 1/8, 2 -> 3 has 1/2, 3 -> EOS has 1/8")
@@ -86,14 +94,6 @@ def test_a_response_is_the_sum_of_its_tokens():
     expect([-7 * LN2, -1 * LN2], logps, [[2, 1], [1]], [[2, 3, EOS], [EOS]], because="a sum, not a mean, EOS included")
 
 
-def test_logits_stand_at_the_token_that_they_predict():
-    def softmax_of_logits_and_ids(prompts, responses):
-        logits, ids, _ = policy(Table()).response_logits(prompts, responses)
-        return logits.softmax(-1), ids
-    expect([[[NEXT[1], NEXT[2]]], [[2, 3]]], softmax_of_logits_and_ids, [[3, 1]], [[2, 3]],
-           because="two positions: after the prompt's last token 1, and after the response's first token 2")
-
-
 def test_logits_are_float32_or_wider_when_the_model_computes_in_bfloat16():
     def bits_of_logits_up_to_32(prompts, responses):
         return min(32, torch.finfo(policy(Table(torch.bfloat16)).response_logits(prompts, responses)[0].dtype).bits)
@@ -105,7 +105,8 @@ def test_every_token_trains_the_model_the_eos_too():
         model = Table()
         policy(model).logps(prompts, responses).sum().backward()
         return model.logits.grad[3, EOS]
-    expect(1 - 1 / 8, gradient_of_the_eos_logit_after_3, [[1]], [[3, EOS]])
+    expect(1 - 1 / 8, gradient_of_the_eos_logit_after_3, [[1]], [[3, EOS]],
+           because="1 - 1/8: the logit is in its own normaliser, too")
 
 
 # a row must not notice its batch-mates, who pad it on both sides
@@ -131,5 +132,5 @@ def test_padding_is_not_attended_to():
 def test_dropout_stays_off():
     def change_from_call_to_call(prompts, responses):
         model = policy(small_gpt2())
-        return model.logps(prompts, responses) - model.logps(prompts, responses)
-    expect([0.0], change_from_call_to_call, [[3, 7]], [[2, 9, EOS]], because="lm.Network keeps evaluation mode")
+        return (model.logps(prompts, responses) - model.logps(prompts, responses)).abs().max()
+    expect(0.0, change_from_call_to_call, [[3, 7]], [[2, 9, EOS]], because="lm.Network keeps evaluation mode")

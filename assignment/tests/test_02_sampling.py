@@ -42,7 +42,7 @@ def tokens_drawn(logits, uniform, dtype="float32"):
 
 
 def test_each_token_comes_as_often_as_it_should():
-    expect([4, 1, 3], how_often, [4, 1, 3], 1.0)
+    expect([4, 1, 3], how_often, [4, 1, 3], 1.0, because="eight rows, each with these probabilities in eighths")
     expect([0, 8, 0], how_often, [0, 8, 0], 1.0)
 
 
@@ -54,7 +54,7 @@ def test_logits_are_divided_by_the_temperature():
 def test_each_row_has_logits_and_a_number_of_its_own():
     def draw(eighths, uniform):
         return lm.draw(tensor(eighths).log(), tensor(uniform))
-    expect([2, 0, 1], draw, [[0, 0, 8], [8, 0, 0], [0, 8, 0]], [0.1, 0.9, 0.5])
+    expect([0, 1, 1], draw, [[8, 0, 0], [3, 2, 3], [0, 8, 0]], [0.9, 0.45, 0.5], because="a row is a distribution")
 
 
 def test_what_a_row_draws_depends_on_its_number_alone():
@@ -62,7 +62,8 @@ def test_what_a_row_draws_depends_on_its_number_alone():
         logits = tensor(eighths).log().expand(len(uniform), -1)
         alone = [lm.draw(logits[:1], tensor([u])).item() for u in uniform]
         return lm.draw(logits, tensor(uniform)).tolist() == alone
-    expect(True, first_row_is_the_same_beside_others, [4, 1, 3], EIGHTHS)
+    expect(True, first_row_is_the_same_beside_others, [4, 1, 3], EIGHTHS,
+           because="nothing else is random: the same number gives the same token")
 
 
 def test_a_token_of_probability_0_never_comes():
@@ -127,14 +128,15 @@ def sample(prompts, uniform, ends=(EOS,), eighths=NEXT):
         return [policy.up_to_end(row) for row in policy.sample_batch(prompts, tensor(uniform))]
 
 
-def likeliest(logits, uniform, temperature):
-    """In place of draw."""
+def noting(given, logits, numbers, temperature):
+    """In place of draw: the likeliest token, and a note of what it is given."""
+    given.append([numbers.tolist(), temperature])
     return logits.argmax(-1)
 
 
 def test_a_response_goes_on_until_its_end_token():
     expect([[3, EOS], [EOS], [3, EOS]], sample, [[1, 2], [2, 2, 3], [2]], [[0.5] * 5] * 3,
-           because="after 2 comes 3, after 3 the EOS; a row that has ended stops no other")
+           because="prompts end with 2, 3 and 2; after 2 comes 3, after 3 the EOS; a row that ends stops no other")
 
 
 def test_a_response_is_cut_at_the_limit():
@@ -159,18 +161,15 @@ def test_the_model_is_not_asked_once_all_rows_have_ended():
         with torch.no_grad():
             sampler(model, ends).sample_batch(prompts, torch.full((len(prompts), limit), 0.5, dtype=torch.float64))
         return model.asked
-    expect(2, passes_through_the_model, [[2], [3]], 20, (EOS,), because="for the responses 3, EOS and EOS")
+    expect(2, passes_through_the_model, [[2], [3]], 20, (EOS,), because="the responses are 3, EOS and EOS,"
+           " and do not end in the same step")
     expect(1, passes_through_the_model, [[2], [3]], 20, (EOS, 3), because="for the responses 3 and EOS, both at an end")
 
 
 def test_each_draw_gets_its_column_of_numbers_and_the_temperature():
     def what_draw_is_given(prompts, uniform, temperature):
         given = []
-
-        def draw(logits, numbers, temperature):
-            given.append([numbers.tolist(), temperature])
-            return logits.argmax(-1)
-        sampler(Table(NEXT)).sample_batch(prompts, tensor(uniform), temperature, draw)
+        sampler(Table(NEXT)).sample_batch(prompts, tensor(uniform), temperature, partial(noting, given))
         return given
     expect([[[0.1, 0.4], 0.7], [[0.2, 0.5], 0.7]], what_draw_is_given, [[2], [2]], [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]],
            0.7, because="a column a token; both rows end with their second token")
@@ -191,12 +190,13 @@ def farthest_logit(prompt, tokens):
     with torch.no_grad():
         sampler(model).sample_batch([prompt, *MATES], torch.rand(2, len(tokens), dtype=torch.float64), 1.0, draw)
         alone = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1:-1]
+    assert given, "sample_batch has not called draw"
     return (torch.stack(given) - alone).abs().max()
 
 
 def test_the_first_token_sees_its_prompt_and_no_padding():
     expect(0.0, farthest_logit, [3, 7], [4], within=1e-5,
-           because="a longer prompt in the batch, by which this one is padded, changes no logit")
+           because="a longer prompt, by which this one is padded, changes neither what is seen nor the positions")
 
 
 def test_later_tokens_see_all_before_them():

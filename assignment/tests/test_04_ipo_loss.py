@@ -15,7 +15,8 @@ tensor = partial(torch.tensor, dtype=torch.float64)
 
 
 def test_zero_where_the_margin_is_the_target():
-    expect([0.0], dpo.ipo_loss, tensor([3.0]), tensor([-2.0]), beta=0.1, because="1/(2 beta) is 5 nats")
+    expect([0.0], dpo.ipo_loss, tensor([3.0]), tensor([-2.0]), beta=0.1,
+           because="the margin is 5 nats, and so is 1/(2 beta)")
 
 
 def test_three_pairs_by_hand():

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from check import expect as expect_
-from standins import EOS, policy_like, watch
+from standins import EOS, growth, policy_like, rounded, watch
 
 import dpo
 import run
@@ -64,14 +64,16 @@ def test_the_gradient_of_a_step_of_dpo(monkeypatch):
     def gradient_by_the_scores_of_tokens(loss):
         return gradient(monkeypatch, loss=loss)
     expect(OF_DPO, gradient_by_the_scores_of_tokens, "dpo",
-           because="the mean over two pairs of dpo_loss, here beta h+ (1 - h-), with beta = 2 and h of whole responses")
+           because="the mean over two pairs of dpo_loss, here beta h+ (1 - h-), with beta = 2; of whole responses h+ "
+                   "is -1 and -3, h- is -2 and -6")
 
 
 def test_the_gradient_of_a_step_of_ipo(monkeypatch):
     def gradient_by_the_scores_of_tokens(loss):
         return gradient(monkeypatch, loss=loss)
     expect([22, 0, 0, 7, 1, 11, 6, 0, 0, 0], gradient_by_the_scores_of_tokens, "ipo",
-           because="the mean over two pairs of ipo_loss, here beta h+ (5 - h-), with beta = 2")
+           because="the mean over two pairs of ipo_loss, here beta h+ (5 - h-), with beta = 2; h+ is -1 and -3, h- is "
+                   "-2 and -6")
 
 
 def test_log_ratios_divided_by_the_length(monkeypatch):
@@ -79,14 +81,15 @@ def test_log_ratios_divided_by_the_length(monkeypatch):
         return gradient(monkeypatch, loss=loss, length_average=length_average)
     # h are -1/2, -2/2 and -3/2, -6/3: chosen 3 gets (5 + 1)/2, 4 gets 1/2 / 2, 5 gets (5 + 2)/2, each 6 gets 3/2 / 3
     expect([3 + 0.25 + 3.5 + 0.5, 0, 0, 3, 0.25, 3.5, 1, 0, 0, 0], gradient_by_the_scores_of_tokens, "ipo", True,
-           because="the responses have 2, 2, 2 and 3 tokens, the EOS among them")
+           because="each by its own length, the EOS included: h+ is -1/2 and -3/2, h- is -2/2 and -6/3")
 
 
 def test_the_gradient_of_a_step_of_best_of_2(monkeypatch):
     def gradient_by_the_scores_of_tokens(loss):
         return gradient(monkeypatch, loss=loss)
     expect([-8, 0, 0, -3, 0, -5, 0, 0, 0, 0], gradient_by_the_scores_of_tokens, "bo2", within=1e-5,
-           because="the mean over two pairs of bo2_loss, here (log pi(y+))^2, of log pi and not of its ratio to pi_ref")
+           because="the mean over two pairs of bo2_loss, here (log pi(y+))^2; log pi(y+) is -3 and -5, its ratio to "
+                   "pi_ref -1 and -3")
 
 
 def test_each_step_takes_its_own_pairs(monkeypatch):
@@ -109,13 +112,13 @@ def test_the_gradient_is_clipped_before_the_step(monkeypatch):
 
 
 def test_a_step_does_not_add_to_the_gradient_of_the_one_before(monkeypatch):
-    def gradients_of_three_steps(lr):
-        return [update.gradient["policy"] for update in train(monkeypatch, batches=(FIRST,) * 3, lr=lr)]
-    expect([OF_DPO] * 3, gradients_of_three_steps, 0.0, because="at a rate of 0 nothing moves: all are the same")
+    def growth_of_the_gradient(lr):
+        return growth([update.gradient["policy"] for update in train(monkeypatch, batches=(FIRST,) * 3, lr=lr)])
+    expect([1, 1, 1], growth_of_the_gradient, 0.0, because="at a rate of 0 nothing moves: all are the same")
 
 
 def test_the_policy_goes_down_by_the_learning_rate(monkeypatch):
     def change_of_the_scores(lr):
-        return train(monkeypatch, lr=lr)[0].moved["policy"]
+        return rounded(train(monkeypatch, lr=lr)[0].moved["policy"])
     expect([-0.01 * (g > 0) for g in OF_DPO], change_of_the_scores, 0.01, within=1e-5,
            because="AdamW's first step: lr against the gradient's sign, and without weight decay none elsewhere")

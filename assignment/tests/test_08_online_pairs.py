@@ -46,17 +46,17 @@ def prompt_chosen_rejected(prompts):
 
 
 def test_the_better_response_is_chosen():
-    expect([[[1], [4, 5, EOS], [3, EOS]]], prompt_chosen_rejected, ["1"], because="its rewards are 0 and 2")
-    expect([[[2], [6], [7, EOS]]], prompt_chosen_rejected, ["2"], because="its rewards are 5 and -1")
+    expect([[[1], [4, 5, EOS], [3, EOS]]], prompt_chosen_rejected, ["1"], because="start.label gives them 0 and 2")
+    expect([[[2], [6], [7, EOS]]], prompt_chosen_rejected, ["2"], because="start.label gives them 5 and -1")
 
 
 def test_responses_to_one_prompt_are_compared_with_each_other():
     expect([[[1], [4, 5, EOS], [3, EOS]], [[2], [6], [7, EOS]]], prompt_chosen_rejected, ["1", "2"],
-           because="rewards 0 and 2 for prompt 1, 5 and -1 for prompt 2")
+           because="start.label gives 0 and 2 for prompt 1, 5 and -1 for prompt 2")
 
 
 def test_ties_are_left_out():
-    expect([[[2], [6], [7, EOS]]], prompt_chosen_rejected, ["3", "2"], because="both of prompt 3 are worth 1")
+    expect([[[2], [6], [7, EOS]]], prompt_chosen_rejected, ["3", "2"], because="start.label gives both of prompt 3 a 1")
     expect([], prompt_chosen_rejected, ["3"])
 
 

@@ -29,20 +29,29 @@ def slope_at_ratio(ratio, advantage, clip):
     return torch.autograd.grad(loss.sum(), logps)
 
 
+def test_log_probs_enter_as_a_ratio():
+    expect([[-math.exp(0.1)]], rlhf.ppo_loss, tensor([[-1.0]]), tensor([[-1.1]]), tensor([[1.0]]), 0.2,
+           because="A is 1, and the ratio exp(-1 + 1.1)")
+
+
 def test_a_good_token():
-    expect([[-1.0, -2.2, -2.4]], loss_at_ratio, tensor(RATIOS), 2.0, 0.2, because="nothing is gained above 1 + c")
+    expect([[-1.0, -2.2, -2.4]], loss_at_ratio, tensor(RATIOS), 2.0, 0.2,
+           because="nothing is gained above 1 + c; below 1 - c everything still counts")
 
 
 def test_a_bad_token():
-    expect([[1.6, 2.2, 3.0]], loss_at_ratio, tensor(RATIOS), -2.0, 0.2, because="nothing is gained below 1 - c")
+    expect([[1.6, 2.2, 3.0]], loss_at_ratio, tensor(RATIOS), -2.0, 0.2,
+           because="nothing is gained below 1 - c; above 1 + c everything still counts")
 
 
 def test_a_good_token_stops_pulling_once_it_is_likely_enough():
-    expect([[[-1.0, -2.2, 0.0]]], slope_at_ratio, tensor(RATIOS), 2.0, 0.2, because="-ratio A, or 0")
+    expect([[[-1.0, -2.2, 0.0]]], slope_at_ratio, tensor(RATIOS), 2.0, 0.2,
+           because="-ratio A, or 0 where it has gone far enough")
 
 
 def test_a_bad_token_stops_pushing_once_it_is_unlikely_enough():
-    expect([[[0.0, 2.2, 3.0]]], slope_at_ratio, tensor(RATIOS), -2.0, 0.2, because="-ratio A, or 0")
+    expect([[[0.0, 2.2, 3.0]]], slope_at_ratio, tensor(RATIOS), -2.0, 0.2,
+           because="-ratio A, or 0 where it has gone far enough")
 
 
 def test_at_the_old_policy_it_is_the_plain_policy_gradient():
@@ -52,7 +61,3 @@ def test_at_the_old_policy_it_is_the_plain_policy_gradient():
 def test_the_clip_is_an_argument():
     expect([[-1.0, -2.0 * 1.1, -2.0 * 1.4]], loss_at_ratio, tensor(RATIOS), 2.0, 0.4)
     expect([[1.2, 2.2, 3.0]], loss_at_ratio, tensor(RATIOS), -2.0, 0.4)
-
-
-def test_log_probs_enter_as_a_ratio():
-    expect([[-math.exp(0.1)]], rlhf.ppo_loss, tensor([[-1.0]]), tensor([[-1.1]]), tensor([[1.0]]), 0.2)

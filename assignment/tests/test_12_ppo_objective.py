@@ -34,7 +34,8 @@ def slope(values, old_values, returns, clip):
 
 
 def test_half_the_squared_error_near_the_old_value():
-    expect([[4.5, 0.5]], value_loss, [[2.0, 2.0]], [[1.8, 2.2]], [[5.0, 1.0]], 0.5)
+    expect([[4.5, 0.5]], value_loss, [[2.0, 2.0]], [[1.8, 2.2]], [[5.0, 1.0]], 0.5,
+           because="V is 0.2 from V_old and c is 0.5: nothing is clipped")
 
 
 def test_a_value_that_has_moved_towards_its_return_far_enough_is_not_rewarded():
@@ -92,9 +93,9 @@ def loss(monkeypatch):
 
 
 def test_one_response_by_hand(monkeypatch):
-    # 4 (-8 + 5) - (-9 + 6) + 2 CLIP; the values are 3 and 11, so 9 (3 + 2 * 5) + 5 (11 + 2 * 6) + 2 VALUE_CLIP
-    expect(-9 + 0.4 + 232 + 1.0, loss(monkeypatch), [2], within=1e-5, because="sums over both tokens of "
-           "A (logp - old logp) + CLIP and of R (V + 2 V_old) + VALUE_CLIP, which stand in for ppo_loss and value_loss")
+    expect(-9 + 0.4 + 232 + 1.0, loss(monkeypatch), [2], within=1e-5,
+           because="4 (-8 + 5) - (-9 + 6) + 2 CLIP, and 9 (3 + 2 * 5) + 5 (11 + 2 * 6) + 2 VALUE_CLIP: A (logp - old "
+                   "logp) + CLIP stands in for ppo_loss, R (V + 2 V_old) + VALUE_CLIP for value_loss")
 
 
 def test_the_gradient_of_one_response(monkeypatch):
@@ -103,15 +104,16 @@ def test_the_gradient_of_one_response(monkeypatch):
     expect([[-3, 0, 0, 0, 0, 2, -2, 3, 0, 0], [0, 0, 20, 0, 0, 18, 14, 8, 0, 0]],
            gradients_by_the_weights_of_policy_and_value, [1],
            because="the advantages of 5, 6, 7 and the EOS; and the returns 2, 4, 6, 8 of values that have seen the "
-                   "prompt's 2, then 5, 6 and 7 as well")
+                   "prompt's 2, then 5, 6 and 7 as well; 99 and 66 stand in other rows' padding")
 
 
 def test_the_mean_is_over_responses_and_padding_counts_nothing(monkeypatch):
     expect((14.4 + 368.8) / 2, loss(monkeypatch), [0, 1], within=1e-5,
-           because="alone these two have 14.4 and 368.8; they have 2 and 4 tokens")
+           because="alone these two have -4.6 + 19 and -23.2 + 392, policy and value; they have 2 and 4 tokens")
 
 
 def test_rows_may_come_in_any_order(monkeypatch):
     expect((224.4 + 14.4) / 2, loss(monkeypatch), [2, 0], within=1e-5,
-           because="alone these two have 224.4 and 14.4; what was stored is 4 tokens wide, and they have 2")
+           because="alone these two have -8.6 + 233 and -4.6 + 19, policy and value; what was stored is 4 tokens "
+                   "wide, and they have 2")
     expect((224.4 + 14.4 + 368.8) / 3, loss(monkeypatch), [1, 2, 0], within=1e-5, because="the third has 368.8")

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from check import expect as expect_
-from standins import EOS, scorer_like, watch
+from standins import EOS, rounded, scorer_like, watch
 
 import data
 import rlhf
@@ -108,19 +108,12 @@ def test_the_value_function_starts_from_pi_ref(monkeypatch):
 
 
 def test_advantages_are_whitened_and_returns_are_not(monkeypatch):
-    def of_the_second_response(steps):
+    def old_values_advantages_and_returns_of_the_second_response(steps):
         part = train(monkeypatch, steps).parts[0]
         return part.old_values[1], part.advantages[1], part.returns[1]
     # rewards 0 and 1, values 2 and 3: this gae says -2 and -2, this whiten ten times that
-    expect([[2.0, 3.0], [-20.0, -20.0], [0.0, 1.0]], of_the_second_response, 1,
-           because="old values V, whiten(gae), and gae + V; gae stands for rewards - V, whiten for 10 times")
-
-
-def test_every_epoch_uses_every_response_once_in_parts(monkeypatch):
-    def rows_of_each_epoch(epochs, minibatches):
-        rows = [part.rows for part in train(monkeypatch, epochs=epochs, minibatches=minibatches).parts]
-        return [sorted(sum(rows[i:i + minibatches], [])) for i in range(0, len(rows), minibatches)]
-    expect([[0, 1, 2, 3, 4, 5]] * 2, rows_of_each_epoch, 2, 3)
+    expect([[2.0, 3.0], [-20.0, -20.0], [0.0, 1.0]], old_values_advantages_and_returns_of_the_second_response, 1,
+           because="V, whiten(gae), and gae + V; gae stands for rewards - V, whiten for 10 times")
 
 
 def test_parts_are_of_one_size(monkeypatch):
@@ -129,11 +122,19 @@ def test_parts_are_of_one_size(monkeypatch):
     expect([2] * 6, sizes, 2, 3, because="six responses in three parts, twice")
 
 
+def test_every_epoch_uses_every_response_once_in_parts(monkeypatch):
+    def rows_of_each_epoch(epochs, minibatches):
+        rows = [part.rows for part in train(monkeypatch, epochs=epochs, minibatches=minibatches).parts]
+        return [sorted(sum(rows[i:i + minibatches], [])) for i in range(0, len(rows), minibatches)]
+    expect([[0, 1, 2, 3, 4, 5]] * 2, rows_of_each_epoch, 2, 3, because="the rows of each three updates, put in order")
+
+
 def test_epochs_and_steps_have_orders_of_their_own(monkeypatch):
     def different_orders_up_to_5(steps, epochs):
         return min(5, len({tuple(part.rows) for part in train(monkeypatch, steps, epochs).parts}))
-    expect(5, different_orders_up_to_5, 2, 3,
-           because="a new order in each of six epochs; of 720 orders, two may chance to be the same")
+    expect(5, different_orders_up_to_5, 1, 6,
+           because="the epochs of a step differ; of six among 720 orders, two may chance to be the same")
+    expect(5, different_orders_up_to_5, 6, 1, because="so do the steps")
 
 
 def test_the_same_run_again_has_the_same_orders(monkeypatch):
@@ -163,7 +164,7 @@ def test_each_part_is_an_update_with_its_own_gradient(monkeypatch):
         return [[i for i, g in enumerate(update.gradient["policy"]) if g] == sorted(part.rows)
                 for update, part in zip(seen.updates, seen.parts)] + [len(seen.updates)]
     expect([True, True, True, 3], responses_with_a_gradient_are_those_of_the_part, 3,
-           because="three updates; a gradient of the part before is not in it")
+           because="of each update whether it has its part's responses alone; and the number of updates")
 
 
 def test_the_gradient_of_an_update(monkeypatch):
@@ -193,7 +194,7 @@ def test_learning_rates(monkeypatch):
 def test_the_weights_go_down_and_do_not_decay(monkeypatch):
     def change_of_policy_and_value(lr):
         moved = train(monkeypatch, lr=lr).updates[0].moved
-        return moved["policy"], moved["value"]
+        return rounded(moved["policy"]), rounded(moved["value"])
     expect([[*[0.01] * N, 0], [0, *[-0.02] * 6, 0]], change_of_policy_and_value, 0.01, within=1e-5,
            because="AdamW's first step: the rate against the gradient's sign, and without a gradient none")
 

@@ -19,7 +19,7 @@ def test_three_samples_by_hand():
 
 
 def test_two_samples_are_compared_with_each_other():
-    expect([[-3.0, 3.0]], rlhf.rloo_advantages, tensor([[1.0, 4.0]]))
+    expect([[-3.0, 3.0]], rlhf.rloo_advantages, tensor([[1.0, 4.0]]), because="1 - 4 and 4 - 1")
 
 
 def test_each_prompt_has_a_baseline_of_its_own():

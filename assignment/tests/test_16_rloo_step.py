@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from check import expect as expect_
-from standins import EOS, policy_like, watch
+from standins import EOS, growth, policy_like, rounded, watch
 
 import rlhf
 import run
@@ -32,7 +32,7 @@ def rloo_advantages(rewards):
 
 def grpo_advantages(rewards):
     """Not GRPO's."""
-    return rewards / 10
+    return rewards ** 2 / 1000
 
 
 def train(monkeypatch, grpo=False, steps=1, lr=0.0, max_grad_norm=1e6):
@@ -71,15 +71,17 @@ def test_the_gradient_of_a_step(monkeypatch):
     def gradient_by_the_scores_of_tokens():
         return gradient(monkeypatch)
     expect(GRADIENT, gradient_by_the_scores_of_tokens,
-           because="of -mean over all samples of A log pi; the responses' rewards are 30, 40 and 50, 60, and "
-                   "rloo_advantages stands for a reward less twice that of the prompt's other sample")
+           because="of -mean over all samples of A log pi, a sum over tokens, 0 being everybody's EOS; the rewards "
+                   "are 27 + 3, 36 + 4 and 45 + 5, 54 + 6, and rloo_advantages stands for a reward less twice that of "
+                   "the prompt's other sample")
 
 
 def test_grpo_has_the_other_advantages(monkeypatch):
     def gradient_by_the_scores_of_tokens(grpo):
         return gradient(monkeypatch, grpo=grpo)
-    expect([-4.5, 0, 0, -0.75, -1, -1.25, -1.5, 0, 0, 0], gradient_by_the_scores_of_tokens, True,
-           because="grpo_advantages stands for a tenth of the rewards 30, 40 and 50, 60")
+    expect([-2.15, 0, 0, -0.225, -0.4, -0.625, -0.9, 0, 0, 0], gradient_by_the_scores_of_tokens, True,
+           because="grpo_advantages stands for a thousandth of the rewards' squares: 30, 40 of the prompt with "
+                   "responses 3, 4, and 50, 60 of that with 5, 6")
 
 
 def test_the_policy_rolls_out_k_times_for_each_prompt_of_the_minibatch(monkeypatch):
@@ -111,13 +113,13 @@ def test_the_gradient_is_clipped_before_the_step(monkeypatch):
 
 
 def test_a_step_does_not_add_to_the_gradient_of_the_one_before(monkeypatch):
-    def gradients_of_three_steps(lr, steps):
-        return [update.gradient["policy"] for update in train(monkeypatch, steps=steps, lr=lr)[1]]
-    expect([GRADIENT] * 3, gradients_of_three_steps, 0.0, 3, because="at a rate of 0 nothing moves: all are the same")
+    def growth_of_the_gradient(lr, steps):
+        return growth([update.gradient["policy"] for update in train(monkeypatch, steps=steps, lr=lr)[1]])
+    expect([1, 1, 1], growth_of_the_gradient, 0.0, 3, because="at a rate of 0 nothing moves: all are the same")
 
 
 def test_the_policy_moves_by_the_learning_rate(monkeypatch):
     def change_of_the_scores(lr):
-        return train(monkeypatch, lr=lr)[1][0].moved["policy"]
+        return rounded(train(monkeypatch, lr=lr)[1][0].moved["policy"])
     expect([-0.01 * (g > 0) for g in GRADIENT], change_of_the_scores, 0.01, within=1e-5,
            because="AdamW's first step: lr against the gradient's sign, and without weight decay none elsewhere")

@@ -31,7 +31,8 @@ def expected_gradient(policy, ref, k):
 
 
 def test_one_sample_has_the_gradient_of_the_reverse_kl():
-    expect(GRADIENT, expected_gradient, tensor(POLICY), tensor(REF), 1)
+    expect(GRADIENT, expected_gradient, tensor(POLICY), tensor(REF), 1,
+           because="the gradient of KL(pi || pi_ref) by the logits: pi (h - KL)")
 
 
 def test_so_have_two_samples():
@@ -48,8 +49,8 @@ def test_one_sample_is_line_5_as_printed():
 
 
 def test_three_samples_by_hand():
-    # weights 1 - (2 + 6)/2 = -3, 2 - 3.5 = -1.5, 6 - 1.5 = 4.5; (-3 * -1 - 1.5 * -2 + 4.5 * -4) / 3 = -4
-    expect([-4.0], hypo.kl_loss, tensor([[-1.0, -2.0, -4.0]]), tensor([[1.0, 2.0, 6.0]]))
+    expect([-4.0], hypo.kl_loss, tensor([[-1.0, -2.0, -4.0]]), tensor([[1.0, 2.0, 6.0]]),
+           because="the weights are 1 - 4, 2 - 3.5 and 6 - 1.5; (-3 * -1 - 1.5 * -2 + 4.5 * -4) / 3")
 
 
 def test_one_number_a_prompt_each_with_a_baseline_of_its_own():

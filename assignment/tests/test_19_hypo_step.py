@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from check import expect as expect_
-from standins import EOS, policy_like, watch
+from standins import EOS, growth, policy_like, rounded, watch
 
 import hypo
 import run
@@ -62,39 +62,11 @@ def train(monkeypatch, lam=1.0, k=2, steps=1, lr=0.0, max_grad_norm=1000.0):
     return sampled, updates
 
 
-def test_with_lam_0_the_update_is_that_of_the_pairs(monkeypatch):
-    def gradient_by_the_scores_of_tokens(lam):
-        return train(monkeypatch, lam)[1][0].gradient["policy"]
-    expect(OF_PAIRS, gradient_by_the_scores_of_tokens, 0.0,
-           because="mean of loss_dpo, on the log-ratios of tokens 3 to 6 with their EOS")
-
-
-def test_the_gradient_of_a_step(monkeypatch):
-    def gradient_by_the_scores_of_tokens(lam, k):
-        return train(monkeypatch, lam, k)[1][0].gradient["policy"]
-    expect([a + 0.25 * b for a, b in zip(OF_PAIRS, OF_SAMPLES)], gradient_by_the_scores_of_tokens, 0.25, 2,
-           because="mean of loss_dpo + lam times mean of loss_kl, on the samples' tokens 7 to 10 with their EOS")
-
-
-def test_one_sample_a_prompt(monkeypatch):
-    def gradient_by_the_scores_of_tokens(lam, k):
-        return train(monkeypatch, lam, k)[1][0].gradient["policy"]
-    of_samples = [-4, 0, 0, 0, 0, 0, 0, -1.75, 0, -2.25, 0, 0]
-    expect([a + 0.25 * b for a, b in zip(OF_PAIRS, of_samples)], gradient_by_the_scores_of_tokens, 0.25, 1,
-           because="kl_loss gets two prompts with one sample each: (2, 1), not (1, 2)")
-
-
 def test_the_policy_samples_k_times_to_each_prompt_of_the_minibatch(monkeypatch):
     def who_samples_to_which_prompts(k):
         sampled, _ = train(monkeypatch, k=k)
         return sorted({each.who for each in sampled}), sorted(prompt for each in sampled for prompt in each.prompts)
     expect([["policy"], [[1], [1], [1], [2], [2], [2]]], who_samples_to_which_prompts, 3)
-
-
-def test_samples_are_the_policys_own_up_to_the_limit(monkeypatch):
-    def limit_and_temperature(k):
-        return train(monkeypatch, k=k)[0][0][2:4]
-    expect([5, 1.0], limit_and_temperature, 2, because="args.max_new_tokens is 5; y ~ pi has temperature 1")
 
 
 def test_the_gradient_is_clipped_before_the_step(monkeypatch):
@@ -103,16 +75,46 @@ def test_the_gradient_is_clipped_before_the_step(monkeypatch):
     expect(0.5, norm_of_the_gradient, 0.0, 0.5, within=1e-5, because="its own norm is 10.5")
 
 
+def test_with_lam_0_the_update_is_that_of_the_pairs(monkeypatch):
+    def gradient_by_the_scores_of_tokens(lam):
+        return train(monkeypatch, lam)[1][0].gradient["policy"]
+    expect(OF_PAIRS, gradient_by_the_scores_of_tokens, 0.0,
+           because="mean over the minibatch's two pairs of loss_dpo; the log-ratios are -1.5, -2.5 of the chosen 3, 5 "
+                   "and -2, -6 of the rejected 4, 6; token 11 is in no minibatch")
+
+
+def test_the_gradient_of_a_step(monkeypatch):
+    def gradient_by_the_scores_of_tokens(lam, k):
+        return train(monkeypatch, lam, k)[1][0].gradient["policy"]
+    expect([a + 0.25 * b for a, b in zip(OF_PAIRS, OF_SAMPLES)], gradient_by_the_scores_of_tokens, 0.25, 2,
+           because="mean of loss_dpo + lam times mean of loss_kl; one prompt's samples are 7, 8, the other's 9, 10; "
+                   "kl_loss stands for (first logp + 2 second logp) times the first log-ratio, -3.5 and -4.5")
+
+
+def test_one_sample_a_prompt(monkeypatch):
+    def gradient_by_the_scores_of_tokens(lam, k):
+        return train(monkeypatch, lam, k)[1][0].gradient["policy"]
+    of_samples = [-4, 0, 0, 0, 0, 0, 0, -1.75, 0, -2.25, 0, 0]
+    expect([a + 0.25 * b for a, b in zip(OF_PAIRS, of_samples)], gradient_by_the_scores_of_tokens, 0.25, 1,
+           because="a sample's log-ratio weighs all its tokens, the EOS too; kl_loss gets (2, 1): two prompts with "
+                   "one sample each")
+
+
+def test_samples_are_the_policys_own_up_to_the_limit(monkeypatch):
+    def limit_and_temperature(k):
+        return train(monkeypatch, k=k)[0][0][2:4]
+    expect([5, 1.0], limit_and_temperature, 2, because="args.max_new_tokens is 5; y ~ pi has temperature 1")
+
+
 def test_a_step_does_not_add_to_the_gradient_of_the_one_before(monkeypatch):
-    def gradients_of_three_steps(lam, lr, steps):
-        return [update.gradient["policy"] for update in train(monkeypatch, lam, steps=steps, lr=lr)[1]]
-    expect([OF_PAIRS] * 3, gradients_of_three_steps, 0.0, 0.0, 3,
-           because="with a learning rate of 0 nothing moves, so all three are the same")
+    def growth_of_the_gradient(lam, lr, steps):
+        return growth([update.gradient["policy"] for update in train(monkeypatch, lam, steps=steps, lr=lr)[1]])
+    expect([1, 1, 1], growth_of_the_gradient, 0.0, 0.0, 3, because="at a rate of 0 nothing moves: all are the same")
 
 
 def test_the_policy_goes_down_by_the_learning_rate(monkeypatch):
     def change_of_the_scores(lam, lr):
-        return train(monkeypatch, lam, lr=lr)[1][0].moved["policy"]
+        return rounded(train(monkeypatch, lam, lr=lr)[1][0].moved["policy"])
     expect([0.01, 0, 0, 0.01, 0.01, 0.01, 0.01, 0, 0, 0, 0, 0], change_of_the_scores, 0.0, 0.01, within=1e-5,
            because="AdamW's first step: lr against the gradient's sign, and without weight decay none elsewhere")
 

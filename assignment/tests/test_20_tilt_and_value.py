@@ -15,12 +15,10 @@ tensor = partial(torch.tensor, dtype=torch.float64)
 
 INF = math.inf
 LOG_4 = math.log(4)
-EXAMPLE = coverage.Bandit(rho=tensor([1.0]), ref=tensor([[0.5, 0.25, 0.25]]).log(), mu=tensor([[0.5, 0.5, 0.0]]).log(),
-                          reward=tensor([[LOG_4, 0.0, 0.0]]), beta=0.5)
+EXAMPLE = [1.0], [[0.5, 0.25, 0.25]], [[LOG_4, 0.0, 0.0]], 0.5  # rho, pi_ref, reward, beta
 BEST = [[16 / 17, 1 / 34, 1 / 34]]  # 0.5 * 4^2 : 0.25 : 0.25
 # two prompts, the first of which comes once in four times
-TWO = coverage.Bandit(rho=tensor([0.25, 0.75]), ref=tensor([[0.5, 0.5], [0.75, 0.25]]).log(),
-                      mu=tensor([[0.5, 0.5], [0.75, 0.25]]).log(), reward=tensor([[1.0, 3.0], [0.0, 4.0]]), beta=2.0)
+TWO = [0.25, 0.75], [[0.5, 0.5], [0.75, 0.25]], [[1.0, 3.0], [0.0, 4.0]]  # rho, pi_ref, reward
 PI = [[0.75, 0.25], [0.5, 0.5]]
 
 
@@ -36,12 +34,16 @@ def log_partition(ref, reward, beta):
     return coverage.log_partition(tensor(ref).log(), tensor(reward), beta)
 
 
-def V(b, pi):
-    return coverage.V(b, tensor(pi).log())
+def V(rho, ref, reward, pi):
+    return coverage.V(bandit(rho, ref, reward), tensor(pi).log())
 
 
-def J(b, pi):
-    return coverage.J(b, tensor(pi).log())
+def J(rho, ref, reward, beta, pi):
+    return coverage.J(bandit(rho, ref, reward, beta), tensor(pi).log())
+
+
+def bandit(rho, ref, reward, beta=1.0):
+    return coverage.Bandit(tensor(rho), tensor(ref).log(), tensor(ref).log(), tensor(reward), beta)
 
 
 def test_kl_by_hand_and_not_the_other_way_round():
@@ -60,15 +62,15 @@ def test_kl_at_the_edges():
 
 
 def test_value_by_hand():
-    expect(1.875, V, TWO, PI, because="0.25 (0.75 * 1 + 0.25 * 3) + 0.75 (0.5 * 0 + 0.5 * 4)")
+    expect(1.875, V, *TWO, PI, because="0.25 (0.75 * 1 + 0.25 * 3) + 0.75 (0.5 * 0 + 0.5 * 4)")
 
 
 def test_objective_by_hand():
-    expect(1.875 - 2 * 0.1405838, J, TWO, PI, because="value - beta KL(pi || pi_ref)")
+    expect(1.875 - 2 * 0.1405838, J, *TWO, 2.0, PI, because="value - beta KL(pi || pi_ref)")
 
 
 def test_the_tilted_policy_of_the_example():
-    expect(BEST, tilt, [[0.5, 0.25, 0.25]], [[LOG_4, 0.0, 0.0]], 0.5)
+    expect(BEST, tilt, [[0.5, 0.25, 0.25]], [[LOG_4, 0.0, 0.0]], 0.5, because="as 0.5 * 4^2 : 0.25 : 0.25")
 
 
 def test_its_log_partition():
@@ -77,9 +79,11 @@ def test_its_log_partition():
 
 
 def test_its_objective_is_beta_log_z_and_no_policy_has_more():
-    expect(0.5 * math.log(8.5), J, EXAMPLE, BEST)
+    def J_is_below_beta_log_z(pi):
+        return bool(J(*EXAMPLE, pi) < 0.5 * math.log(8.5))
+    expect(0.5 * math.log(8.5), J, *EXAMPLE, BEST, because="beta log Z, Z = 0.5 * 4^2 + 0.25 + 0.25")
     for pi in ([[0.5, 0.25, 0.25]], [[0.9, 0.05, 0.05]], [[0.98, 0.01, 0.01]], [[0.94, 0.04, 0.02]]):
-        expect(True, lambda pi: bool(J(EXAMPLE, pi) < 0.5 * math.log(8.5)), pi)
+        expect(True, J_is_below_beta_log_z, pi)
 
 
 def test_the_tilt_leaves_responses_that_pi_ref_lacks_alone():

@@ -34,7 +34,8 @@ def test_global_coverage_at_the_edges():
 
 
 def test_local_coverage_in_closed_form():
-    expect(2.0, local_coverage, [1.0], [[0.25, 0.75]], DOUBLES_A_QUARTER, because="kl(1/2 || 1/4) is just this radius")
+    expect(2.0, local_coverage, [1.0], [[0.25, 0.75]], DOUBLES_A_QUARTER,
+           because="1/2 log 2 + 1/2 log 2/3 is this radius")
 
 
 def test_a_rare_prompt_may_go_further_for_the_same_mean_kl():
@@ -57,7 +58,7 @@ def test_the_data_may_come_from_another_policy():
     expect(5.0, local_coverage, [1.0], [[0.25, 0.75]], DOUBLES_A_QUARTER, [[0.1, 0.9]],
            because="the policy reaches 1/2 where mu has 0.1")
     expect(math.inf, local_coverage, [1.0], [[0.25, 0.75]], 0.01, [[0.0, 1.0]], because="pi_ref says what no pair has")
-    expect(10.0, local_coverage, [1.0], [[0.25, 0.75]], math.inf, [[0.1, 0.9]])
+    expect(10.0, local_coverage, [1.0], [[0.25, 0.75]], math.inf, [[0.1, 0.9]], because="y1 alone, where mu has 0.1")
 
 
 def test_prompts_that_never_come_do_not_count():

@@ -60,7 +60,8 @@ def test_the_mass_is_spread_evenly_prompt_by_prompt():
 
 def test_hypos_choice_in_the_example():
     expect([[0.6707100, 0.0209597, 0.3083304]], nearest_to_ref, SEEN_2, [[0.5, 0.25, 0.25]], BEST,
-           because="K = 32/33 log 64/33 + 1/33 log 4/33 = 0.5783577")
+           because="K = 32/33 log 64/33 + 1/33 log 4/33 = 0.5783577; before they are normalised the three are 0.5438, "
+                   "0.0170 and pi_ref's 0.25")
 
 
 def test_it_does_not_depend_on_the_mass_that_pi_had_on_unseen_responses():
