@@ -630,13 +630,13 @@ pathlib.Path({str(project)!r}, 'run.py').unlink()
     tasks = [(with_code(student, daemon(tmp_path / "1", "time.sleep(60)")), 4),  # beside it the others, one by one
              (with_code(student, writes), 4), (with_code(student, "import tabnanny"), 4),
              (written(student, EXERCISES[13].functions), 14), (with_code(student, daemon(tmp_path / "2", kills)), 4)]
-    outcomes = grade.run_all([(given, [EXERCISES[n - 1]]) for given, n in tasks], 15.0, 2)
+    outcomes = grade.run_all([(given, [EXERCISES[n - 1]]) for given, n in tasks], 10.0, 2)
     names = [*sorted(f"assignment/{name}" for name in bad), "run.py"]
     told = f"files of the grader were changed while a submission ran: {', '.join(names)}"
     rows = [grade.verdict(EXERCISES[n - 1], outcome) for (_, n), outcome in zip(tasks, outcomes)]
     assert [(row["points"], row["note"], row["problem"]) for row in rows] == [(0, note, told) for note in (
         "0 of 5 tests pass", "not written yet", "not written yet", "4 of 4 tests pass", "0 of 5 tests pass")]
-    assert outcomes[0]["end"] == "the time limit of 15 s was reached"
+    assert outcomes[0]["end"] == "the time limit of 10 s was reached"
     assert outcomes[4]["end"].startswith("the process ended by itself")
     assert not runs(tmp_path / "1") and not runs(tmp_path / "2")
     assert grade.changed(before, put_back=True) == names
