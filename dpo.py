@@ -21,8 +21,7 @@ differ, too: offline they are drawn from Bradley-Terry, online the judge's large
 Left out or different: the losses are means over the minibatch where papers write sums; the learning
 rate falls in a line to 0; the gradient's norm is clipped. IPO's target is 1/(2 beta) on summed
 log-ratios: a larger beta then holds the policy closer, as it does everywhere else. (The slides print
-beta/2, with which it would hold less; some libraries divide log-ratios by the length:
---length-average.)
+beta/2, with which it would hold less; --length-average divides by the length, as some libraries do.)
 """
 
 import functools
