@@ -2,7 +2,7 @@
 
     python recipes/smollm2.py runs/smollm2                        # recipes/README.md says what to install
     python recipes/movie_reviews.py runs/reviews --held-out 512
-    python -m experiments reviews                                 # about eight hours on one core
+    python -m experiments reviews                                 # about six hours on one core
 
 Declared before the runs. The learning rate and KL_FIXED were chosen on seed 1000.
 
