@@ -210,6 +210,11 @@ def paragraph(name: str, text: str) -> str:
     return textwrap.fill(f"    {name:9} {text}", 110, subsequent_indent=" " * 14)
 
 
+def titles(tests) -> str:
+    """The names of tests, without their file."""
+    return ", ".join(test.split("::")[1] for test in tests)
+
+
 def general(row: dict) -> list[str]:
     """What is said once of an exercise whose tests fail."""
     return [paragraph("equation", row["equation"]), *(paragraph("hint", hint) for hint in row["hints"])]
@@ -244,10 +249,10 @@ def text_of(report: dict) -> str:
             for failure in row["failures"][:SHOWN]:
                 lines += [f"  {failure['test']}", *details(failure)]
             if len(row["failures"]) > SHOWN:
-                names = ", ".join(failure["test"].split("::")[1] for failure in row["failures"][SHOWN:])
+                names = titles(failure["test"] for failure in row["failures"][SHOWN:])
                 lines.append(paragraph("also", f"{names}; --json FILE has them all"))
             if some and not row["problem"]:
-                lines.append(paragraph("passing", ", ".join(name.split("::")[1] for name in row["passed"])))
+                lines.append(paragraph("passing", titles(row["passed"])))
             lines.append("")
     return "\n".join([*lines, table_of(report)])
 
@@ -267,7 +272,7 @@ def gradescope_of(report: dict) -> str:
             why = [row["problem"] or row["note"]]
             if name in failures and not row["problem"]:
                 why = [*general(row), *details(failures[name])]
-            tests.append(dict(name=f"{row['name']}: {name.split('::')[1]}", number=f"{row['number']}.{place}",
+            tests.append(dict(name=f"{row['name']}: {titles([name])}", number=f"{row['number']}.{place}",
                               score=value if right else 0, max_score=value, status="passed" if right else "failed",
                               output="" if right else "\n".join(why), visibility="visible"))
     return json.dumps(dict(score=report["points"], output=table_of(report), visibility="visible", tests=tests))

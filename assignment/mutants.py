@@ -402,6 +402,7 @@ PLANTED = [
             "[torch.randint(len(asked), (len(asked),), generator=shuffle) for _ in range(args.epochs)]"}),
     (13, "rlhf", "order.tensor_split(args.minibatches)", {
         "parts of args.minibatches responses": "order.split(args.minibatches)",
+        "fewer parts where they cannot be equal": "order.chunk(args.minibatches)",
         "no parts": "[order]"}),
     (13, "rlhf", "loss, metrics = ppo_objective(policy, value, rolled, values, advantages, returns, rows)", {
         "values are taken anew for every update":
