@@ -74,6 +74,14 @@ def test_every_command_is_one_that_its_program_takes(options, arm, monkeypatch):
     assert taken["judge"] == {"online IPO": offline, "PPO": "reward"}.get(arm, "task")
 
 
+@pytest.mark.parametrize(("seeds", "quick", "how_many"), [(None, False, [5, 5, 5, 4, 4, 2]), (3, False, [3] * 5 + [2]),
+                                                          (99, False, [5, 5, 5, 4, 4, 2]), (None, True, [2] * 6)])
+def test_an_arm_has_its_own_seeds_or_the_first_of_them(options, seeds, quick, how_many):
+    options.seeds, options.quick = seeds, quick
+    found = [reviews.seeds_of(options, arm) for arm in reviews.ARMS]
+    assert [*map(len, found)] == how_many and {own[0] for own in found} == {options.first_seed}
+
+
 def test_what_is_missing_is_asked_for_by_its_recipe(options):
     (reviews.TASK / "task.json").unlink()
     reviews.TASK.rmdir()
