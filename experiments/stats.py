@@ -178,7 +178,7 @@ def decide(claims: list[dict]) -> None:
     """Give the claims of a study their verdicts, corrected for their number by Holm.
 
     holds; reversed, on the other side of 0; equal, within the margin; different, where equal was expected; or open,
-    with the number of seeds that would find such a mean with probability 0.8.
+    with the number of seeds that would find such a mean with probability 0.8, at the level of Holm's first step.
     """
     for line, p, p_equal in zip(claims, holm(column(claims, "p")), holm(column(claims, "p_equal"))):
         side, expected = "above" if line["mean"] > 0 else "below", line["expected"]
@@ -188,16 +188,20 @@ def decide(claims: list[dict]) -> None:
             found = side if p < 0.05 else "equal" if p_equal < 0.05 else "open"
         line["p_holm"], line["p_equal_holm"] = p, p_equal
         line["verdict"] = "holds" if found == expected else (
-            "open" + seeds_needed(line["values"]) if found == "open" else
+            "open" + seeds_needed(line["values"], len(claims)) if found == "open" else
             f"equal within {line['margin']:g}" if found == "equal" else
             "different" if expected == "equal" else "reversed")
 
 
-def seeds_needed(values: list[float]) -> str:
-    """How many seeds find a difference as large as these show, with probability 0.8: ((1.96 + 0.84) sd / mean)^2."""
+def seeds_needed(values: list[float], claims: int) -> str:
+    """How many seeds find a difference as large as these show, with probability 0.8, beside so many claims.
+
+    ((z + 0.84) sd / mean)^2, with the z of the corrected level: 1.96 for one claim.
+    """
     if len(values) < 3 or not statistics.fmean(values):  # two say nothing of their spread
         return ""
-    n = (2.8 * statistics.stdev(values) / statistics.fmean(values)) ** 2 + 2  # 2 for Student's wider tails
+    z = sum(map(statistics.NormalDist().inv_cdf, (1 - 0.025 / claims, 0.8)))
+    n = (z * statistics.stdev(values) / statistics.fmean(values)) ** 2 + 2  # 2 for Student's wider tails
     return f": {math.ceil(n)} seeds would tell" if n < 200 else ": more than 200 seeds would tell"
 
 
