@@ -65,7 +65,8 @@ KEPT = ("step", "reverse_kl", "off_support", "unlikely", "win_rate", "golden_win
 
 def seeds_of(options, name: str) -> range:
     """The seeds of a study."""
-    return range(FIRST_SEED, FIRST_SEED + (options.seeds or (2 if options.quick else STUDIES[name].seeds)))
+    return range(options.first_seed, options.first_seed + (
+        options.seeds or (2 if options.quick else STUDIES[name].seeds)))
 
 
 def collect(options, seeds: range, jobs: list[Run]) -> dict:
@@ -135,8 +136,10 @@ def parse(argv):
         help=", ".join(STUDIES) + ", all, reviews, pages or mean")
     add("runs", nargs="*", metavar="RUN", help="directories of runs, for mean alone")
     several = run.number(int, 1, 1000)
-    add("--seeds", type=several, help="how many seeds, from 10 on (default: what the study says, 10 or 6; for "
-        "reviews 2 to 5, and not more; with --quick 2)")
+    add("--seeds", type=several, help="how many seeds (default: what the study says, 10 or 6; for reviews 2 to 5, and "
+        "not more; with --quick 2)")
+    add("--first-seed", type=run.number(int, 0, 10**6), default=FIRST_SEED,
+        help=f"the first of them (default {FIRST_SEED})")
     add("--quick", action="store_true", help="short runs on few pairs, kept apart in runs/study-quick: they show that "
         "everything works, not what comes out")
     add("--model", help="what to study: tiny, a transformers directory, or a hub name (default tiny, for reviews "
@@ -148,25 +151,27 @@ def parse(argv):
     options = parser.parse_args(argv)
     if bool(options.runs) != (options.name == "mean"):
         parser.error("mean needs directories of runs, and nothing else takes them")
-    film = options.name == "reviews"
+    film, other_seeds = options.name == "reviews", options.first_seed != FIRST_SEED
     given, options.model = options.model, options.model or (str(reviews.MODEL) if film else "tiny")
     tiny = options.model == "tiny"
     if film and tiny:
         parser.error("reviews needs a pretrained --model")
-    if options.name in ("mean", "pages") and (options.seeds or options.quick or options.jobs or not tiny):
-        parser.error(f"{options.name} makes no runs: it takes no --seeds, --quick, --model or --jobs")
+    if options.name in ("mean", "pages") and (
+            options.seeds or other_seeds or options.quick or options.jobs or not tiny):
+        parser.error(f"{options.name} makes no runs: it takes no --seeds, --first-seed, --quick, --model or --jobs")
     defaults = {**(QUICK if options.quick else FULL), **({} if tiny else PRETRAINED)}
     if options.name == "scale" and not tiny:
         parser.error("scale makes built-in models of four widths: it takes no --model")
     vars(options).update(defaults, flags="".join([
         " --quick" * options.quick, f" --model {given}" * (not tiny and given is not None),
-        f" --seeds {options.seeds}" if options.seeds else ""]))
+        f" --seeds {options.seeds}" if options.seeds else "",
+        f" --first-seed {options.first_seed}" * other_seeds]))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     options.jobs = options.jobs or (cores if (tiny or film) and options.device == "cpu" else 1)
     options.threads = max(1, cores // options.jobs)
     options.work = Path("runs") / ("study" + "-reviews" * film + "-quick" * options.quick + (
         "-" + re.sub(r"\W+", "-", given).strip("-") if given not in (None, "tiny") else ""))
-    standard = (tiny or film and given is None) and not options.quick and (
+    standard = (tiny and not other_seeds or film and given is None) and not options.quick and (
         options.seeds is None or options.seeds >= 10 and not film)
     options.results = Path("results") if standard else options.work / "results"  # a trial must not replace them
     return options, [options.name] if options.name != "all" else [name for name in STUDIES if tiny or name != "scale"]
@@ -183,7 +188,7 @@ def main(argv=None) -> None:
         reviews.publish(Path("."))
         return
     if options.name == "reviews":
-        options.steps, options.first_seed = 3 if options.quick else reviews.STEPS, FIRST_SEED
+        options.steps = 3 if options.quick else reviews.STEPS
         with run.alone(options.work):
             reviews.main(options)
         return

@@ -2,7 +2,8 @@
 
     python recipes/smollm2.py runs/smollm2                        # recipes/README.md says what to install
     python recipes/movie_reviews.py runs/reviews --held-out 512
-    python -m experiments reviews                                 # about six hours on one core
+    python -m experiments reviews                                 # about six hours on one core, ten minutes on an H100
+    python -m experiments reviews --first-seed 20                 # once more
 
 Declared before the runs. The learning rate and KL_FIXED were chosen on seed 1000.
 
@@ -77,7 +78,7 @@ CLAIMS = [  # what the papers say, of two arms, a measure, where: at the last st
     ("It leaves the support less.", "online IPO", "offline IPO", "off_support", "end", "below", 0.01),
 ]
 NAMES = {SECOND: "win rate by the second judge", "off_support": "off support", "log KL": "log of the KL"}
-KEPT = ("step", "win_rate", SECOND, "reverse_kl", "off_support", "response_length")
+KEPT = ("step", "win_rate", SECOND, "reverse_kl", "off_support", "response_length", "accuracy")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -185,9 +186,9 @@ def steps_taken(options, runs) -> int:
 # what came
 
 def evaluations_of(out: Path) -> list[dict]:
-    """Of one run; the last one on all openings."""
+    """Of one run; the last one on all openings, but for the accuracy, which is of held-out pairs."""
     lines = [line for line in read_metrics(out) if "reverse_kl" in line]
-    lines[-1] = run.read_rows(out / "again" / "metrics.jsonl")[-1]
+    lines[-1] |= run.read_rows(out / "again" / "metrics.jsonl")[-1]
     return [{key: line[key] for key in KEPT} for line in lines]
 
 
@@ -196,22 +197,29 @@ def report_of(options) -> dict:
     runs = {arm: [directory(options, seed, arm) for seed in seeds_of(options, arm)] for arm in ARMS}
     evaluations = {arm: [*map(evaluations_of, folders)] for arm, folders in runs.items()}
     summaries = [read_summary(folder) for folders in runs.values() for folder in folders]
-    report = {
+    return {
         "command": f"python -m experiments reviews{options.flags}",
         "commit": ", ".join(sorted({summary["commit"] for summary in summaries})),
         "seeds": {arm: list(seeds_of(options, arm)) for arm in ARMS},
         "commands": {arm: " ".join(["python", *command(options, options.first_seed, arm)]) for arm in ARMS},
         "hardware": stats.hardware(options.device),
         "hours": sum(summary["seconds"] for summary in summaries) / 3600,
-        "evaluations": evaluations, "openings": openings(options)}
+        "reward_models": [
+            run.read_rows(folder / "reward" / "metrics.jsonl")[-1]["reward_accuracy"] for folder in runs["PPO"]],
+        "evaluations": evaluations, "claims": claims_of(evaluations), "openings": openings(options)}
+
+
+def claims_of(evaluations: dict[str, list]) -> list[dict]:
+    """CLAIMS with their differences, for each arm the evaluations of each seed, and with their verdicts."""
     claims = []
     for paper, one, other, name, where, expected, margin in CLAIMS:
         values = [difference(a, b, name, where) for a, b in zip(evaluations[one], evaluations[other])]
-        what = f"{NAMES[name]}, {one} minus {other}" + f", at {KL_FIXED:g} nats" * (where == "kl") + ","
+        what = f"{NAMES[name]}, {one} minus {other}" + f", at {KL_FIXED:g} nats" * (where == "kl")
         there = [value for value in values if value is not None]
-        claims.append(stats.claim(paper, f"{what} {len(there)} seeds,", there, expected, margin))
+        claims.append(stats.claim(paper, what, there, expected, margin)
+                      | {"here": f"{what}, {len(there)} seeds: {stats.cell(there, '+.3f')}"})
     stats.decide(claims)
-    return {**report, "claims": claims}
+    return claims
 
 
 def difference(lines: list[dict], others: list[dict], name: str, where: str) -> float | None:
@@ -241,38 +249,57 @@ def openings(options, n: int = 5) -> list[dict]:
              **{arm: rows[arm][i]["response"] for arm in ARMS}} for i in range(n)]
 
 
-def table(report: dict) -> list[list[str]]:
+def together(reports: list[dict]) -> dict[str, list]:
+    """The evaluations of all reports: for each arm those of each seed."""
+    return {arm: [lines for report in reports for lines in report["evaluations"][arm]] for arm in ARMS}
+
+
+def table(evaluations: dict[str, list]) -> list[list[str]]:
     """Rows of cells: each arm at each checkpoint, means over seeds."""
-    rows = [["arm", "seeds", "step", "first judge", "second judge", "KL, nats", "off support", "length"]]
-    for arm, by_seed in report["evaluations"].items():
+    rows = [["arm", "seeds", "step", "first judge", "second judge", "KL, nats", "off support", "length", "accuracy"]]
+    for arm, by_seed in evaluations.items():
         for lines in list(zip(*by_seed))[1:]:
             column = {name: stats.column(list(lines), name) for name in KEPT}
             rows.append([arm, str(len(lines)), str(lines[0]["step"]), stats.share(column["win_rate"]),
                          stats.share(column[SECOND]), stats.cell(column["reverse_kl"], ".2f"),
-                         stats.share(column["off_support"]), stats.cell(column["response_length"], ".1f")])
+                         stats.share(column["off_support"]), stats.cell(column["response_length"], ".1f"),
+                         stats.share(column["accuracy"], ".2f")])
     return rows
 
 
-def page(report: dict) -> str:
-    """The section of docs/real-models.md that is made from the report."""
+def differences(reports: list[dict]) -> list[list[str]]:
+    """Rows of cells: each claim, in each report and, if there are several, in all of them."""
+    found = {f"seeds {own[0]} to {own[-1]}": report["claims"] for report in reports for own in [report["seeds"]["DPO"]]}
+    if len(reports) > 1:
+        found["all"] = claims_of(together(reports))
+    return [["the papers' claim", "difference", *found], *(
+        [lines[0]["paper"], lines[0]["quantity"], *(
+            f"{stats.cell(line['values'], '+.3f')}, {len(line['values'])} seeds: **{line['verdict']}**"
+            for line in lines)] for lines in zip(*found.values()))]
+
+
+def page(reports: list[dict]) -> str:
+    """The section of docs/real-models.md that is made from the reports."""
     names = ["opening", "pi_ref", *ARMS]
-    answers = [[row[name].translate(IN_CELL).strip() or "…" for name in names] for row in report["openings"]]
+    answers = [[row[name].translate(IN_CELL).strip() or "…" for name in names] for row in reports[0]["openings"]]
     return "\n".join([
-        f"Commit {report['commit']}, {report['hardware']}; {report['hours']:.1f} hours of training, evaluations at the "
-        "end not counted.", "",
-        *(f"- {pages.sentence(line, '**')}" for line in report["claims"]), "",
-        "Means over seeds with Student's 95 % interval:", "", pages.markdown(table(report)), "",
+        *(f"- `{report['command']}`: commit {report['commit']}, {report['hardware']}; {report['hours']:.1f} hours of "
+          "training, evaluations at the end not counted. PPO's reward models order "
+          f"{', '.join(f'{x:.2f}' for x in report['reward_models'])} of the held-out pairs." for report in reports), "",
+        "Differences within a seed, with Student's 95 % interval over seeds:", "",
+        pages.markdown(differences(reports)), "",
+        "Means over all seeds:", "", pages.markdown(table(together(reports))), "",
         "What the first seed's policies answer to the first five held-out openings:", "",
         pages.markdown([names, *answers])])
 
 
-def draw(report: dict):
+def draw(evaluations: dict[str, list]):
     """Two panels: win rate against KL, by each judge; a thin line a seed, a thick one their mean."""
     figure, axes = panels(["win rate against pi_ref, first judge", "second judge"],
                           "KL(policy || pi_ref), nats a sequence (square-root scale)", 6.0)
     axes[1].sharey(axes[0])
     for axis, name in zip(axes, ("win_rate", SECOND)):
-        for arm, by_seed in report["evaluations"].items():
+        for arm, by_seed in evaluations.items():
             for lines in by_seed:
                 axis.plot(stats.column(lines, "reverse_kl"), stats.column(lines, name), color=COLOR[arm], lw=0.6,
                           alpha=0.4)
@@ -289,20 +316,24 @@ def draw(report: dict):
 def main(options) -> None:
     """The command."""
     make_runs(options)
-    report = report_of(options)
-    run.write_text(options.results / "reviews.json", stats.as_json(report))
-    pages.save(draw(report), options.results / "reviews.png")
-    print(aligned(table(report)), "", *(f"- {pages.sentence(line)}" for line in report["claims"]), sep="\n")
-    print(f"\n{options.results}/reviews.png, {options.results}/reviews.json")
+    report, path = report_of(options), options.results / f"reviews-{options.first_seed}.json"
+    run.write_text(path, stats.as_json(report))
+    pages.save(draw(together(reports_in(options.results))), options.results / "reviews.png")
+    print(aligned(table(report["evaluations"])), "", *(f"- {pages.sentence(line)}" for line in report["claims"]),
+          sep="\n")
+    print(f"\n{path}, {options.results}/reviews.png")
+
+
+def reports_in(folder: Path) -> list[dict]:
+    """All that there are, by their first seed."""
+    return sorted(map(run.read_json, folder.glob("reviews-*.json")), key=lambda report: report["seeds"]["DPO"][0])
 
 
 def publish(root: Path) -> None:
     """The section of docs/real-models.md between its marks, and the picture, if there is a report."""
-    path = root / "results" / "reviews.json"
-    if path.exists():
-        report = run.read_json(path)
-        pages.between_marks(root / "docs" / "real-models.md", page(report))
-        pages.save(draw(report), path.with_suffix(".png"))
+    if reports := reports_in(root / "results"):
+        pages.between_marks(root / "docs" / "real-models.md", page(reports))
+        pages.save(draw(together(reports)), root / "results" / "reviews.png")
 
 
 def measure(directory: str, openings: int) -> None:

@@ -35,7 +35,7 @@ def lines_of(seed: int, arm: str) -> list[dict]:
     far = 3.0 if arm == "DPO" else 2.0
     return [{"step": 14 * i, "win_rate": 0.5 + 0.1 * i + x, "second_win_rate": 0.5 + 0.05 * i + x,
              "win_rate_ci": [0.4, 0.6], "reverse_kl": far * i / 3 + abs(x) * (i > 0), "off_support": 0.02 * i,
-             "response_length": 15.0} for i, x in enumerate(noise.tolist())]
+             "response_length": 15.0, "accuracy": 0.5 + 0.02 * i} for i, x in enumerate(noise.tolist())]
 
 
 @pytest.fixture
@@ -45,7 +45,9 @@ def finished(options):
         for seed in reviews.seeds_of(options, arm):
             out, lines = reviews.directory(options, seed, arm), lines_of(seed, arm)
             run.write_rows(out / "metrics.jsonl", [*lines[:-1], {**lines[-1], "win_rate": 0.0, "second_win_rate": 0.0}])
-            run.write_rows(out / "again" / "metrics.jsonl", lines[-1:])
+            run.write_rows(out / "again" / "metrics.jsonl", [
+                {key: x for key, x in lines[-1].items() if key != "accuracy"}])
+            run.write_rows(out / "reward" / "metrics.jsonl", [{"reward_accuracy": 0.25}, {"reward_accuracy": 0.625}])
             run.write_rows(out / "again" / "responses.jsonl", [
                 {"prompt": f"opening {i}", "response": f" {arm} | {i}\n", "reward": 0.0, "ref_response": " ref"}
                 for i in range(6)])
@@ -125,6 +127,8 @@ def test_differences_are_within_a_seed_at_the_last_step_on_all_openings(finished
     for seed, value in zip(range(10, 15), claims[1]["values"]):
         mine, theirs = lines_of(seed, "HyPO"), lines_of(seed, "DPO")
         assert value == pytest.approx(mine[-1]["second_win_rate"] - theirs[-1]["second_win_rate"])
+    assert report["reward_models"] == [0.625, 0.625]
+    assert report["evaluations"]["PPO"][0][-1]["accuracy"] == pytest.approx(0.56)
     assert claims[0]["verdict"] == "holds" and claims[0]["mean"] == pytest.approx(-0.405, abs=0.02)  # log(2 / 3)
     assert report["commit"] == "abc1234" and report["hours"] == pytest.approx(25 / 60)
 
@@ -143,15 +147,32 @@ def test_at_a_fixed_kl_a_metric_is_on_the_line_between_two_checkpoints(monkeypat
 
 def test_page_and_picture_say_what_the_report_holds(finished):
     report = json.loads(stats.as_json(reviews.report_of(finished)))
-    page = reviews.page(report)
+    page = reviews.page([report])
     assert page.count("| DPO | 5 | ") == 3 and page.count("| PPO | 2 | ") == 3 and "abc1234" in page
-    assert all(line["here"] in page for line in report["claims"])
+    assert all(f"{stats.cell(line['values'], '+.3f')}, {len(line['values'])} seeds: **{line['verdict']}** |" in page
+               for line in report["claims"])
     assert page.count("opening ") >= 5 and "opening 5" not in page and r"DPO \| 0" in page
-    figure = reviews.draw(report)
+    figure = reviews.draw(report["evaluations"])
     left, right = figure.axes
     thin = [line for line in left.lines if line.get_linewidth() == 0.6]
     assert len(thin) == 25 and len(left.lines) == len(right.lines) == 25 + 6 + 1
     assert [text.get_text() for text in right.get_legend().get_texts()] == list(reviews.ARMS)
+
+
+def test_other_seeds_stand_beside_the_first_and_with_them(finished):
+    report = reviews.report_of(finished)
+    other = {**report, "seeds": {"DPO": [20, 24]}, "evaluations": {
+        arm: [lines_of(seed, arm) for seed in range(20, 20 + n)] for arm, (_, _, n) in reviews.ARMS.items()}}
+    other["claims"] = reviews.claims_of(other["evaluations"])
+    for first, one in ((20, other), (10, report)):
+        run.write_text(finished.results / f"reviews-{first}.json", stats.as_json(one))
+    head, *rows = reviews.differences(reviews.reports_in(finished.results))
+    assert head[2:] == ["seeds 10 to 14", "seeds 20 to 24", "all"]
+    for row, line, again in zip(rows, report["claims"], other["claims"]):
+        assert row[2].startswith(stats.cell(line["values"], "+.3f")) and str(line["verdict"]) in row[2]
+        assert row[3].startswith(stats.cell(again["values"], "+.3f"))
+        assert row[4].startswith(stats.cell(line["values"] + again["values"], "+.3f"))
+    assert [row[4].split(", ")[-1].split()[0] for row in rows] == ["10"] * 4 + ["8"] * 3
 
 
 def test_reviews_is_a_command(tmp_path, monkeypatch, capsys):
@@ -164,3 +185,8 @@ def test_reviews_is_a_command(tmp_path, monkeypatch, capsys):
     options, _ = command.parse(["reviews", "--seeds", "2"])
     assert options.results != command.Path("results"), "a trial must not replace the published figures"
     assert command.parse(["reviews"])[0].results == command.Path("results")
+    options, _ = command.parse(["reviews", "--first-seed", "20"])
+    assert options.results == command.Path("results") and reviews.seeds_of(options, "PPO") == range(20, 22)
+    assert options.flags == " --first-seed 20"
+    options, _ = command.parse(["main", "--first-seed", "20"])
+    assert options.results != command.Path("results") and command.seeds_of(options, "main") == range(20, 30)
