@@ -130,6 +130,10 @@ def make_runs(options) -> None:
         if not Path(path).is_dir():
             raise UserError(f"{path} is not there; make it with: python recipes/{recipe} (recipes/README.md says what "
                             "to install)")
+    there = len(run.read_rows(TASK / "held_out_prompts.jsonl"))
+    if there < OPENINGS:
+        raise UserError(f"{TASK} holds out {there} openings, and {OPENINGS} are asked for; move it away and make it "
+                        f"again with: python recipes/{recipes[TASK]}")
     runs = [(seed, arm) for arm in ARMS for seed in seeds_of(options, arm)]
     runs.sort(key=lambda seed_and_arm: seed_and_arm[0])  # seed by seed, in the order of ARMS
     for seed, arm in runs:

@@ -1,6 +1,7 @@
 """The study on film reviews: its commands, what it takes from runs, its table and its picture, on made-up runs."""
 
 import json
+import shutil
 import types
 
 import pytest
@@ -23,6 +24,7 @@ def options(tmp_path, monkeypatch):
     for path in (reviews.MODEL, reviews.TASK):
         path.mkdir(parents=True)
     (reviews.TASK / "task.json").write_text("{}")
+    run.write_rows(reviews.TASK / "held_out_prompts.jsonl", [{"prompt": str(i)} for i in range(reviews.OPENINGS)])
     return types.SimpleNamespace(model=str(reviews.MODEL), device="cpu", steps=reviews.STEPS, quick=False, seeds=None,
                                  first_seed=10, work=tmp_path / "work", jobs=1, threads=1, flags="",
                                  results=tmp_path / "results")
@@ -85,8 +87,11 @@ def test_an_arm_has_its_own_seeds_or_the_first_of_them(options, seeds, quick, ho
 
 
 def test_what_is_missing_is_asked_for_by_its_recipe(options):
-    (reviews.TASK / "task.json").unlink()
-    reviews.TASK.rmdir()
+    held_out = reviews.TASK / "held_out_prompts.jsonl"
+    run.write_rows(held_out, [{"prompt": str(i)} for i in range(256)])  # the recipe's own number
+    with pytest.raises(run.UserError, match="holds out 256 openings, and 512 are asked for; move .* --held-out 512$"):
+        reviews.make_runs(options)
+    shutil.rmtree(reviews.TASK)
     with pytest.raises(run.UserError, match=r"python recipes/movie_reviews\.py runs/reviews --held-out 512"):
         reviews.make_runs(options)
     reviews.MODEL.rmdir()
